@@ -1,0 +1,160 @@
+"""Probabilities: token log-probs, entropy, KL divergences, the surrogates that move a policy, and the trust region.
+
+Everything here is a function over tensors. Shapes: B completions, T tokens, V vocabulary. A *completion mask* [B, T] is 1
+on the tokens that the policy chose (its end-of-sequence token among them) and 0 after them. All KL is in nats.
+
+Directions, once and for all: `exact_kl(p, q)` is KL(p‖q) = Σ_v p(v)·log(p(v)/q(v)). A policy's distance from its
+reference is KL(π_θ‖π_0): the expectation is under the policy that moved.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# ---------------------------------------------------------------------------------------------- log-probs and entropy
+
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log π(·|s) over the vocabulary [..., V], in fp32 whatever the dtype of the logits."""
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def token_log_probs(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """log π(y_t|s_t) [B, T]: each position's distribution [B, T, V] read at the token [B, T] that was chosen there.
+
+    Position t of `log_probs` must be the distribution *of* token t, that is the model's output at token t − 1.
+    """
+    return log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """−Σ_v π(v)·log π(v), nats [...], from log-probs [..., V]. A token of probability 0 adds 0."""
+    return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+# -------------------------------------------------------------------------------------------------------------- KL
+
+def exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q) over the whole vocabulary, nats [...], from log-probs [..., V] of both.
+
+    No sampling noise, so it is what every figure shows. (F.kl_div takes its arguments the other way round.)
+    """
+    difference = torch.where(log_p == -torch.inf, 0.0, log_p - log_q)  # 0·log 0 = 0
+    return (log_p.exp() * difference).sum(-1)
+
+
+def k1(log_prob: Tensor, reference: Tensor) -> Tensor:
+    """log π − log π_0 on sampled tokens: unbiased for KL(π‖π_0) under y ~ π, noisy, and its gradient has mean zero."""
+    return log_prob - reference
+
+
+def k2(log_prob: Tensor, reference: Tensor) -> Tensor:
+    """½(log π − log π_0)²: a biased value, but under y ~ π its gradient is that of KL(π‖π_0)."""
+    return 0.5 * (log_prob - reference).square()
+
+
+def k3(log_prob: Tensor, reference: Tensor) -> Tensor:
+    """e^{−k1} − 1 + k1: unbiased for KL(π‖π_0) under y ~ π, never negative (Schulman, 'Approximating KL divergence')."""
+    log_ratio = log_prob - reference
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def k3_off_policy(log_ratio: Tensor) -> Tensor:
+    """ρ·log ρ − (ρ − 1), log ρ = log π_θ − log π_0: unbiased for KL(π_θ‖π_0) when y ~ π_0, never negative."""
+    ratio = log_ratio.exp()
+    return ratio * log_ratio - (ratio - 1)
+
+
+def on_policy_kl(kl: Tensor, log_ratio: Tensor, mask: Tensor, max_weight: float = 10.0) -> Tensor:
+    """KL(π_θ‖π_0) in nats a completion [], estimated on completions that π_0 sampled.
+
+    KL(π_θ‖π_0) = Σ_t E_{y_<t ~ π_θ}[KL_t] = Σ_t E_{y_<t ~ π_0}[(Π_{s<t} ρ_s)·KL_t], with the weights normalised at each
+    position and bounded. Summing KL_t without the weights asks how far the policy moved on the *reference's* prefixes,
+    which is another number and usually the wrong one: a policy that avoids its reference's errors visits other prefixes.
+
+    kl, log_ratio and mask are [B, T]: exact KL at each stored prefix, log ρ_t of the chosen token, completion mask.
+    """
+    before = ((log_ratio * mask).cumsum(-1) - log_ratio * mask).detach()  # log Π_{s<t} ρ_s
+    weight = before.clamp(max=math.log(max_weight)).exp()
+    # A finished completion still counts in the normaliser: its KL at later positions is zero.
+    return (weight * kl * mask).sum(0).div(weight.sum(0)).sum()
+
+
+# --------------------------------------------------------------------------------------------------------- averages
+
+def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Σ values·mask / denominator []; the denominator is the mask's own sum unless given.
+
+    Give the whole batch's token count when the batch is split into micro-batches: then their gradients add up to the
+    gradient of the whole, however it was split. A mask of zeros gives 0, not NaN.
+    """
+    if denominator is None:
+        denominator = mask.sum()
+    denominator = torch.as_tensor(denominator, device=values.device).clamp(min=1)
+    return torch.where(mask.bool(), values, 0.0).sum() / denominator
+
+
+# ------------------------------------------------------------------------------------- surrogates, each to be maximised
+
+def importance_surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
+    """ρ·A: the policy gradient, corrected for data that another policy sampled. No trust region at all."""
+    return ratio * advantage
+
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A) (PPO, 1707.06347; separate bounds as in DAPO, 2503.14476).
+
+    The gradient stops where the ratio has already moved past its bound in the direction that A asks for. The other two
+    sides stay open: with A < 0 and ρ > 1 + ε_high the term is unbounded below.
+    """
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def soft_gate_surrogate(ratio: Tensor, advantage: Tensor, tau_right: float = 1.0, tau_wrong: float = 1.05) -> Tensor:
+    """f(ρ)·A with f(ρ) = (4/τ)·σ(τ(ρ − 1)) (SAPO, 2511.20347); τ = tau_right where A > 0, else tau_wrong.
+
+    f′(1) = 1, as for ρ·A; away from 1 the gate closes smoothly and never quite: it is the weak constraint that lets
+    the explorer drift.
+    """
+    tau = torch.where(advantage > 0, tau_right, tau_wrong)
+    return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+
+
+# ----------------------------------------------------------------------------------------------------- the KL budget
+
+def dual_ascent(coefficient: float, kl: float, budget: float, rate: float, low: float = 1e-3, high: float = 1e3) -> float:
+    """The KL coefficient λ after one step on its dual: log λ += rate·(kl/budget − 1), within bounds.
+
+    λ rises while more than the budget is spent and falls while less is. The relative overshoot is capped at 1, so that
+    one wild batch doesn't freeze the policy.
+    """
+    overshoot = min(kl / budget - 1, 1.0)
+    return min(max(coefficient * math.exp(rate * overshoot), low), high)
+
+
+def largest_step_within(measure: Callable[[float], float], budget: float, trials: int = 6) -> tuple[float, float]:
+    """The largest step α ∈ (0, 1] along π_0 → π_θ whose measured KL keeps to the budget, and that KL: (α, KL(α)).
+
+    Backtracking: the full step first; then the α at which a quadratic through the last measurement meets the budget
+    (KL grows like α² near the reference), a little short of it. After `trials` failures nothing is moved: (0, 0).
+    """
+    alpha = 1.0
+    for _ in range(trials):
+        kl = measure(alpha)
+        if kl <= budget:
+            return alpha, kl
+        alpha *= min(0.98 * math.sqrt(budget / kl), 0.95) if math.isfinite(kl) else 0.5
+    return 0.0, 0.0
+
+
+def interpolated(base, model, alpha: float):
+    """The policy at π_0 + α(π_θ − π_0) in the space of weights."""
+    between = copy.deepcopy(model)
+    with torch.no_grad():
+        for b, start in zip(between.parameters(), base.parameters()):
+            b.copy_(start + alpha * (b - start))
+    return between

@@ -1,0 +1,346 @@
+"""Policies and text: load a policy, sample completions, the Rollouts batch, evaluate a policy.
+
+A policy is a pair (model, tokenizer) as transformers loads them. Nothing here asks which model it is.
+Models stay in eval mode everywhere, so dropout is off alike where tokens are sampled and where they are scored.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import kl
+from rewards import InputError, Problem, reward
+
+
+# ------------------------------------------------------------------------------------------------------------ policies
+
+def load_policy(name: str, device: str | torch.device = "cpu"):
+    """(model, tokenizer) from a checkpoint folder or a hub name; fp32 weights, eval mode.
+
+    Raises InputError where there is no such model, or the tokenizer has no way to end or pad a text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(f"--model {name!r} is no checkpoint folder or hub name that transformers can load: {reason}") from None
+    if not stop_ids(model, tokenizer):
+        raise InputError(f"--model {name!r} names no end-of-sequence token: set eos_token_id in its generation_config.json")
+    return model.to(device).eval(), tokenizer
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a completion: the tokenizer's own and those of the generation config (there may be several)."""
+    ids = {tokenizer.eos_token_id}
+    for config in (model.generation_config, model.config):
+        eos = getattr(config, "eos_token_id", None)
+        ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos}
+    return sorted(i for i in ids if i is not None)
+
+
+def encode_prompt(tokenizer, question: str, template: str = "{question}") -> list[int]:
+    """Prompt ids: the question in `template`, as the user's turn of a chat where the tokenizer has a chat template."""
+    text = template.replace("{question}", question)
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(text)
+    chat = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ Rollouts
+
+@dataclass
+class Rollouts:
+    """B completions with their prompts, on the CPU; the stored batch of a round.
+
+    Token in, token out: these ids are what the behaviour policy saw and chose, and text is never encoded again.
+    Row b is prompt, completion, padding; what is what follows from the lengths alone, so a padding id that is also an
+    end-of-sequence id does no harm. Token t of completion b is ids[b, prompt_length[b] + t].
+    """
+
+    ids: Tensor  # [B, L] prompt, completion, padding
+    prompt_length: Tensor  # [B]
+    length: Tensor  # [B] tokens of the completion, its end-of-sequence token included
+    log_probs: Tensor  # [B, T] behaviour log-probs at the sampling temperature, 0 after the end
+    rewards: Tensor  # [B] 1 right, 0 wrong
+    groups: Tensor  # [B] index of the problem
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def mask(self) -> Tensor:
+        """Completion mask [B, T]: 1 on every sampled token, the end-of-sequence token included."""
+        return (torch.arange(self.log_probs.shape[1], device=self.length.device) < self.length[:, None]).float()
+
+    @property
+    def completion_positions(self) -> Tensor:
+        """[B, T] where in a row of `ids` each completion token stands; past the end, the row's last column."""
+        steps = torch.arange(self.log_probs.shape[1], device=self.length.device)
+        return (self.prompt_length[:, None] + steps).clamp(max=self.ids.shape[1] - 1)
+
+    @property
+    def completions(self) -> Tensor:
+        """[B, T] the sampled tokens."""
+        return self.ids.gather(1, self.completion_positions)
+
+    def select(self, rows: Tensor) -> "Rollouts":
+        """These rows, with the columns that none of them uses cut off."""
+        part = Rollouts(*(getattr(self, f.name)[rows] for f in fields(self)))
+        width, longest = int((part.prompt_length + part.length).max()), int(part.length.max())
+        return replace(part, ids=part.ids[:, :width], log_probs=part.log_probs[:, :longest])
+
+    def to(self, device) -> "Rollouts":
+        return Rollouts(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def save(self, path: str | Path) -> None:
+        torch.save({f.name: getattr(self, f.name) for f in fields(self)}, path)
+
+    @staticmethod
+    def load(path: str | Path) -> "Rollouts":
+        return Rollouts(**torch.load(path, weights_only=True))
+
+    @staticmethod
+    def concatenate(parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
+        """One batch from several, padded to the widest."""
+        width, longest = max(p.ids.shape[1] for p in parts), max(p.log_probs.shape[1] for p in parts)
+
+        def padded(x: Tensor, columns: int, value: float) -> Tensor:
+            return torch.nn.functional.pad(x, (0, columns - x.shape[1]), value=value)
+
+        return Rollouts(ids=torch.cat([padded(p.ids, width, pad_id) for p in parts]),
+                        log_probs=torch.cat([padded(p.log_probs, longest, 0.0) for p in parts]),
+                        **{name: torch.cat([getattr(p, name) for p in parts])
+                           for name in ("prompt_length", "length", "rewards", "groups")})
+
+
+def in_batches(count: int, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Row indices 0 … count − 1 in batches of `size`; shuffled if a generator is given. The last may be smaller."""
+    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+    yield from order.split(size)
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+def completion_log_softmax(model, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
+    """log π(·|s_t) [B, T, V] at every stored prefix, on the rollouts' device, with gradients where they are enabled.
+
+    Rows are padded on the right, where causal attention never looks from inside a completion: no attention mask is
+    needed. The distribution of a token is the output one position before it; outputs inside the prompts are not computed.
+    """
+    first = int(rollouts.prompt_length.min()) - 1
+    inputs = rollouts.ids[:, :-1]
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    logits = model(input_ids=inputs, position_ids=positions, use_cache=False,
+                   logits_to_keep=inputs.shape[1] - first).logits
+    where = rollouts.completion_positions - 1 - first
+    return kl.log_softmax(logits.gather(1, where.unsqueeze(-1).expand(-1, -1, logits.shape[-1])), temperature)
+
+
+@torch.no_grad()
+def score(model, rollouts: Rollouts, temperature: float = 1.0, rows: int = 64, desc: str | None = None) -> Tensor:
+    """log π(y_t|s_t) [B, T] of the stored completions, 0 after their ends, on the CPU; `rows` completions at a time."""
+    device = next(model.parameters()).device
+    scores = torch.zeros_like(rollouts.log_probs)
+    for index in tqdm(list(in_batches(len(rollouts), rows)), desc=desc, disable=desc is None, leave=False):
+        batch = rollouts.select(index).to(device)
+        log_probs = kl.token_log_probs(completion_log_softmax(model, batch, temperature), batch.completions) * batch.mask
+        scores[index, :log_probs.shape[1]] = log_probs.cpu()
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+@torch.no_grad()
+def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_tokens: int, temperature: float,
+           stop: Sequence[int], pad_id: int, generator: torch.Generator) -> Rollouts:
+    """`group` completions of every prompt (a list of ids): P·group rows, a prompt's side by side; rewards are NaN.
+
+    A prompt is run once and its key–value cache fanned out over its group; rows that have ended leave the batch. Prompts
+    are padded on the left, so that all sequences end in the same column. The behaviour log-probs come from the very
+    logits that were sampled. `generator` lives on the model's device.
+    """
+    device = next(model.parameters()).device
+    prompt_length = torch.tensor([len(p) for p in prompts])
+    width = int(prompt_length.max())
+    left_padded = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    attention = torch.arange(width, device=device) >= (width - prompt_length.to(device))[:, None]
+
+    cache = DynamicCache(config=model.config)
+    logits = model(input_ids=left_padded, attention_mask=attention.long(), past_key_values=cache, use_cache=True,
+                   position_ids=(attention.cumsum(-1) - 1).clamp(min=0), logits_to_keep=1).logits[:, -1]
+    fan_out = torch.arange(len(prompts), device=device).repeat_interleave(group)
+    cache.reorder_cache(fan_out)
+    logits, attention = logits[fan_out], attention[fan_out]
+    position = attention.sum(-1)
+
+    total = len(fan_out)
+    tokens = torch.full((total, max_new_tokens), pad_id, device=device)
+    log_probs = torch.zeros(total, max_new_tokens, device=device)
+    length = torch.zeros(total, dtype=torch.long, device=device)
+    stop = torch.tensor(stop, device=device)
+    alive = torch.arange(total, device=device)  # the rows still in the batch
+    for t in range(max_new_tokens):
+        log_pi = kl.log_softmax(logits, temperature)
+        chosen = torch.multinomial(log_pi.exp(), 1, generator=generator)
+        tokens[alive, t] = chosen[:, 0]
+        log_probs[alive, t] = log_pi.gather(1, chosen)[:, 0]
+        length[alive] += 1
+        going = (~torch.isin(chosen[:, 0], stop)).nonzero()[:, 0]
+        if len(going) == 0 or t == max_new_tokens - 1:
+            break
+        if len(going) < len(alive):
+            alive, chosen, attention, position = alive[going], chosen[going], attention[going], position[going]
+            cache.reorder_cache(going)
+        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
+        logits = model(input_ids=chosen, attention_mask=attention.long(), past_key_values=cache, use_cache=True,
+                       position_ids=position[:, None], logits_to_keep=1).logits[:, -1]
+        position = position + 1
+
+    longest = int(length.max())
+    tokens, log_probs, length = tokens[:, :longest].cpu(), log_probs[:, :longest].cpu(), length.cpu()
+    prompt_length = prompt_length.repeat_interleave(group)
+    ids = torch.full((total, int((prompt_length + length).max())), pad_id)
+    for row, prompt in enumerate(prompts):
+        ids[row * group:(row + 1) * group, :len(prompt)] = torch.tensor(prompt)
+    rollouts = Rollouts(ids, prompt_length, length, log_probs, torch.full((total,), math.nan),
+                        torch.arange(len(prompts)).repeat_interleave(group))
+    row, step = rollouts.mask.nonzero(as_tuple=True)
+    rollouts.ids[row, prompt_length[row] + step] = tokens[row, step]
+    return rollouts
+
+
+def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_new_tokens: int, temperature: float = 1.0,
+            template: str = "{question}", seed: int = 0, rows: int = 1024, desc: str = "sampling") -> Rollouts:
+    """`group` completions of every problem, judged; `rows` completions are sampled at a time.
+
+    Raises InputError where a prompt and its completion would not fit into the model's context.
+    """
+    prompts = [encode_prompt(tokenizer, p.question, template) for p in problems]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) + max_new_tokens > context:
+        raise InputError(f"problem {longest} has a prompt of {len(prompts[longest])} tokens; with --max-new-tokens "
+                         f"{max_new_tokens} that is more than the model's context of {context}: shorten one of them")
+    stop = stop_ids(model, tokenizer)
+    pad_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little left padding in a batch
+    parts, right, done = [], 0.0, 0
+    with tqdm(total=len(prompts) * group, desc=desc, unit="completion", leave=False) as bar:
+        per_batch = max(1, rows // group)
+        for start in range(0, len(prompts), per_batch):
+            chosen = by_length[start:start + per_batch]
+            part = sample(model, [prompts[i] for i in chosen], group, max_new_tokens=max_new_tokens,
+                          temperature=temperature, stop=stop, pad_id=pad_id, generator=generator)
+            part.groups = torch.tensor(chosen)[part.groups]
+            part.rewards = torch.tensor([reward(text, problems[g].answer) for text, g in
+                                         zip(completion_texts(tokenizer, part), part.groups.tolist())])
+            parts.append(part)
+            right, done = right + part.rewards.sum().item(), done + len(part)
+            bar.update(len(part))
+            bar.set_postfix(right=f"{right / done:.1%}")
+    rollouts = Rollouts.concatenate(parts, pad_id)
+    return rollouts.select(torch.argsort(rollouts.groups, stable=True))
+
+
+def completion_texts(tokenizer, rollouts: Rollouts) -> list[str]:
+    """What each completion says, without special tokens."""
+    rows = zip(rollouts.completions.tolist(), rollouts.length.tolist())
+    return tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+def pass_at_k(rewards: Tensor, k: int) -> Tensor:
+    """Unbiased pass@k a problem [P] from n ≥ k samples each [P, n]: 1 − C(n − c, k)/C(n, k) (2107.03374, eq. 1)."""
+    n = rewards.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples a problem, not {n}")
+    wrong = n - rewards.sum(1).long()
+    table = torch.tensor([1 - math.comb(w, k) / math.comb(n, k) for w in range(n + 1)], dtype=torch.float64)
+    return table.to(rewards.device)[wrong]
+
+
+def bootstrap_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of values [P], by resampling problems: samples of one problem are not independent."""
+    values = values.double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    means = values[torch.randint(len(values), (draws, len(values)), generator=generator)].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+@torch.no_grad()
+def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0, rows: int = 128) -> dict[str, float]:
+    """Exact KL(π‖π_0) and entropy at the prefixes of `rollouts`, which `model` must have sampled: nats a completion, a token."""
+    device = next(model.parameters()).device
+    kl_sum = entropy_sum = 0.0
+    for index in tqdm(list(in_batches(len(rollouts), rows)), desc="exact KL", leave=False):
+        batch = rollouts.select(index).to(device)
+        log_p = completion_log_softmax(model, batch, temperature)
+        entropy_sum += (kl.entropy(log_p) * batch.mask).sum().item()
+        if reference is not model:
+            log_q = completion_log_softmax(reference, batch, temperature)
+            kl_sum += (kl.exact_kl(log_p, log_q) * batch.mask).sum().item()
+    tokens = rollouts.length.sum().item()
+    return {"kl": kl_sum / len(rollouts), "kl_token": kl_sum / tokens, "entropy": entropy_sum / tokens}
+
+
+def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: int, *, temperature: float = 1.0,
+             desc: str = "evaluating", **sampling) -> dict[str, float | list[float]]:
+    """A policy's accuracy and its distance from `reference`, on fresh samples of its own.
+
+    accuracy: avg@k, the share of right completions, k = `samples`; pass: unbiased pass@k for k = min(8, samples), both
+    with 95 % intervals by bootstrap over problems. kl, kl_token: exact KL(π‖π_0) in nats a completion and a token;
+    entropy: nats a token; length: tokens a completion.
+    """
+    rollouts = collect(model, tokenizer, problems, samples, temperature=temperature, desc=desc, **sampling)
+    rewards = rollouts.rewards.view(len(problems), samples)
+    solved = pass_at_k(rewards, min(8, samples))
+    return {
+        "accuracy": rewards.mean().item(), "accuracy_interval": list(bootstrap_interval(rewards.mean(1))),
+        "pass": solved.mean().item(), "pass_interval": list(bootstrap_interval(solved)), "samples": samples,
+        **divergence(model, reference, rollouts, temperature), "length": rollouts.length.double().mean().item(),
+    }
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The policies at the end of each stage: accuracy with its 95 % interval over problems, pass@8, KL and entropy."""
+    lines = [f"{'policy':34} {'right':>7} {'95 % interval':>16} {'pass@8':>7} {'KL, nats/completion':>20} {'entropy':>8}"]
+    for row in rows:
+        if "epoch" not in row:
+            low, high = row["accuracy_interval"]
+            lines.append(f"{row['policy']:34} {row['accuracy']:7.1%} {low:7.1%} – {high:6.1%} {row['pass']:7.1%} "
+                         f"{row['kl']:20.3f} {row['entropy']:8.3f}")
+    return "\n".join(lines)
+
+
+def draw_frontier(rows: Sequence[dict], path: str | Path, budget: float | None = None) -> None:
+    """Accuracy against KL: each policy's way from the base, its last point large, and the budget."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row["policy"].replace("ERPD student", "student on its way") for row in rows))
+    for name, marker in zip(names, "*osD^vPX"):
+        way = [row for row in rows if row["policy"].replace("ERPD student", "student on its way") == name]
+        label = name.replace("student on its way", "ERPD student")
+        x, y = [row["kl"] for row in way], [row["accuracy"] for row in way]
+        line, = axes.plot(x, y, marker=marker, markersize=4, linewidth=1, label=label)
+        low, high = way[-1]["accuracy_interval"]
+        axes.errorbar(x[-1], y[-1], [[y[-1] - low], [high - y[-1]]], marker=marker, markersize=10, capsize=3, color=line.get_color())
+    if budget is not None:
+        axes.axvline(budget, color="grey", linestyle=":", label=f"KL budget, {budget:g}")
+    axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion", ylabel="right completions",
+             title="Accuracy against KL", xscale="symlog")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
