@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import kl
 from rewards import InputError, Problem, group_advantages, load_problems
-from rollout import Rollouts, collect, completion_log_softmax, divergence, draw_frontier, evaluate, in_batches, load_policy, score, table
+from rollout import Rollouts, collect, completion_log_softmax, divergence, draw_frontier, evaluate, in_batches, load_policy, save_policy, score, table
 
 LOSSES = ("sapo", "ce", "mse", "nll", "clip")
 SIGNALS = ("teacher", "contrast", "unlearned")
@@ -73,6 +73,7 @@ class Config:
     test_problems: int = option(256, "held-out problems of the evaluations")
     test_samples: int = option(8, "completions a held-out problem in the final table: accuracy is avg@k")
     curve_samples: int = option(4, "the same for the checkpoints on the way; 0 leaves them out")
+    limit_samples: int = option(64, "the same for the base: from 64 on, the figure shows the least KL that any policy needs")
 
     loss: str = option("sapo", "the explorer's loss: sapo, ce, mse, nll, clip; several with commas for several teachers", "mse")
     explore_epochs: int = option(16, "passes of the explorer over the stored batch")
@@ -89,7 +90,7 @@ class Config:
 
     signal: str = option("contrast", "s_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
     weights: str = option("", "weights of several teachers' signals, with commas (default: equal)")
-    distill_epochs: int = option(4, "passes of the distiller over the stored batch", 1)
+    distill_epochs: int = option(2, "passes of the distiller over the stored batch", 1)
     distill_lr: float = option(2e-4, "its learning rate", 1e-6)
     distill_batch: int = option(64, "completions an update", 64)
     distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
@@ -102,27 +103,21 @@ class Config:
     sample_rows: int = option(1024, "completions sampled side by side")
 
     def __post_init__(self):
-        def check(good: bool, name: str, way_out: str):
-            if not good:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: {way_out}")
-
-        check(self.method in METHODS, "method", f"choose one of {', '.join(METHODS)}")
-        check(self.signal in SIGNALS, "signal", f"choose one of {', '.join(SIGNALS)}")
-        check(all(name in LOSSES for name in self.losses), "loss", f"choose from {', '.join(LOSSES)}")
-        check(self.unlearn_loss in LOSSES, "unlearn_loss", f"choose one of {', '.join(LOSSES)}")
-        check(self.advantage in ("std", "mean", "loo"), "advantage", "choose one of std, mean, loo")
-        check(self.group > 1, "group", "an advantage compares the completions of one problem: give at least 2")
-        for name in ("problems", "max_new_tokens", "temperature", "rounds", "test_problems", "test_samples", "explore_epochs",
-                     "explore_lr", "explore_batch", "beta", "unlearn_epochs", "grpo_problems", "distill_epochs", "distill_lr",
-                     "distill_batch", "distill_clip", "signal_bound", "kl_budget", "kl_start", "micro_batch", "sample_rows"):
-            check(getattr(self, name) > 0, name, "it must be above 0")
-        for name in ("clip_low", "clip_high", "kl_coef", "kl_rate", "curve_samples"):
-            check(getattr(self, name) >= 0, name, "it must not be negative")
-        check("{question}" in self.template, "template", "it must contain {question}")
-        try:
-            self.teacher_weights
-        except ValueError:
-            check(False, "weights", f"give {len(self.losses)} numbers with commas, one a teacher of --loss {self.loss}")
+        choices = {"method": METHODS, "signal": SIGNALS, "unlearn_loss": LOSSES, "advantage": ("std", "mean", "loo")}
+        may_be_zero = ("seed", "clip_low", "clip_high", "kl_coef", "kl_rate", "curve_samples", "limit_samples")
+        for f in fields(self):
+            value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
+            if f.name in choices and value not in choices[f.name]:
+                raise InputError(f"{name} {value!r} is unknown: choose one of {', '.join(choices[f.name])}")
+            if isinstance(value, (int, float)) and not (value > 0 or value == 0 and f.name in may_be_zero):
+                raise InputError(f"{name} {value!r} is out of range: it must be above 0")
+        if unknown := set(self.losses) - set(LOSSES):
+            raise InputError(f"--loss {unknown.pop()!r} is unknown: choose from {', '.join(LOSSES)}")
+        if self.group < 2:
+            raise InputError(f"--group {self.group}: an advantage compares the completions of one problem, so give at least 2")
+        if "{question}" not in self.template:
+            raise InputError(f"--template {self.template!r} must contain {{question}}")
+        self.teacher_weights  # raises
         self.run = self.run or f"{self.method}-{Path(self.data).stem}-s{self.seed}"
 
     @property
@@ -131,9 +126,12 @@ class Config:
 
     @property
     def teacher_weights(self) -> list[float]:
-        weights = [float(w) for w in self.weights.split(",")] if self.weights else [1.0] * len(self.losses)
+        try:
+            weights = [float(w) for w in self.weights.split(",")] if self.weights else [1.0] * len(self.losses)
+        except ValueError:
+            weights = []
         if len(weights) != len(self.losses):
-            raise ValueError("as many weights as teachers")
+            raise InputError(f"--weights {self.weights!r}: give {len(self.losses)} numbers with commas, one a teacher")
         return weights
 
     @property
@@ -334,12 +332,12 @@ def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: i
 def within_budget(base, student, tokenizer, problems: Sequence[Problem], config: Config, seed: int = 0):
     """The student, moved back towards π_0 until its on-policy KL is within the budget; and that KL, nats a completion.
 
-    The KL of a policy is known only from its own samples: half a group of fresh completions of the training problems
-    for each trial. Their answers aren't looked at.
+    The KL of a policy is known only from its own samples: a few fresh completions of at most 128 training problems for
+    each trial. Their answers are not looked at.
     """
     def measure(alpha: float) -> float:
         policy = kl.interpolated(base, student, alpha)
-        rollouts = collect(policy, tokenizer, problems, max(1, config.group // 4), seed=seed, desc="spending check", **config.sampling)
+        rollouts = collect(policy, tokenizer, problems[:128], 4, seed=seed, desc="spending check", **config.sampling)
         return divergence(policy, base, rollouts, config.temperature, config.micro_batch)["kl"]
 
     alpha, spent = kl.largest_step_within(measure, config.kl_budget)
@@ -389,39 +387,38 @@ def run(config: Config) -> list[dict]:
     folder = Path("runs") / config.run
     if folder.exists():
         raise InputError(f"{folder} exists: give the run another name with --run, or remove that folder")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    fields_named = {"question_field": config.question_field or None, "answer_field": config.answer_field or None}
-    problems = load_problems(config.data, "train", config.problems * config.rounds, config.seed, config.operands, **fields_named)
-    held_out = load_problems(config.test_data or config.data, "test", config.test_problems, config.seed, config.operands,
-                             **fields_named)
-    origin, tokenizer = load_policy(config.model, device)
+    named = {"question_field": config.question_field or None, "answer_field": config.answer_field or None}
+    problems = load_problems(config.data, "train", config.problems * config.rounds, config.seed, config.operands, **named)
+    held_out = load_problems(config.test_data or config.data, "test", config.test_problems, config.seed, config.operands, **named)
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    origin, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
     origin.requires_grad_(False)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    rows, this_round = [], 1
+    rows, this_round, base = [], 1, origin
 
     def measure(name: str, model, samples: int = config.test_samples, **more) -> dict:
-        """Evaluate a policy on the held-out problems; the row is in metrics.jsonl before anything else happens."""
+        """Evaluate a policy on the held-out problems; its row is on disk before anything else happens."""
         row = {"policy": name, "round": this_round, **more,
                **evaluate(model, origin, tokenizer, held_out, samples, seed=config.seed, desc=name, **config.sampling)}
         rows.append(row)
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+        tqdm.write(table([row], header=len(rows) == 1))
         return {"right": row["accuracy"]}
 
-    def watch(name: str, last: int | None = None) -> Callable | None:
-        """Evaluates after 1, 2, 4, 8 … epochs."""
-        def after_epoch(epoch: int, model) -> dict | None:
-            if epoch & (epoch - 1) == 0 and config.curve_samples:
-                return measure(name, model, config.curve_samples, epoch=epoch)
-        return after_epoch
+    def watch(name: str, unit: str = "epoch") -> Callable:
+        """A callback that evaluates the policy on its way, after 1, 2, 4, 8 … epochs."""
+        def after(count: int, model) -> dict:
+            due = config.curve_samples and count & (count - 1) == 0
+            return measure(name, model, config.curve_samples, **{unit: count}) if due else {}
+        return after
 
     try:
-        measure("base", origin)
-        base = origin
+        measure("base", base, max(config.test_samples, config.limit_samples))
         if config.method == "grpo":
-            steps = config.problems * config.rounds // config.grpo_problems
-            base = grpo(base, tokenizer, problems, config, steps=max(1, steps), after_step=watch("grpo"))
+            steps = math.ceil(len(problems) / config.grpo_problems)
+            base = grpo(base, tokenizer, problems, config, steps=steps, after_step=watch("grpo", "step"))
             measure("grpo", base)
         for this_round in range(1, config.rounds + 1) if config.method != "grpo" else ():
             fresh = problems[(this_round - 1) * config.problems:this_round * config.problems]
@@ -429,8 +426,8 @@ def run(config: Config) -> list[dict]:
             rollouts = collect(base, tokenizer, fresh, config.group, seed=seed, desc="rollouts", **config.sampling)
             rollouts.save(folder / f"rollouts-{this_round}.pt")
             if not group_advantages(rollouts.rewards, rollouts.groups, "mean").any():
-                raise InputError(f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): there "
-                                 "is nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
+                raise InputError(f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): "
+                                 "nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
             if config.method == "erpd":
                 signal = teach(base, rollouts, config, seed, watch, measure)
                 student = distill(base, rollouts, signal, config, seed=seed, after_epoch=watch("student on its way"))
@@ -441,14 +438,12 @@ def run(config: Config) -> list[dict]:
                                desc=config.method, after_epoch=watch(config.method))
                 measure(config.method, base)
     except Diverged as error:
-        error.model.save_pretrained(folder / "last_finite")
-        tokenizer.save_pretrained(folder / "last_finite")
+        save_policy(error.model, tokenizer, folder / "last_finite")
         raise InputError(f"{error}; its last finite weights are in {folder / 'last_finite'}: lower the learning rate") from None
     finally:
         if rows:
             draw_frontier(rows, folder / "frontier.png", config.kl_budget if config.method == "erpd" else None)
-    base.save_pretrained(folder / "policy")
-    tokenizer.save_pretrained(folder / "policy")
+    save_policy(base, tokenizer, folder / "policy")
     return rows
 
 
@@ -477,8 +472,10 @@ def read_arguments(arguments: Sequence[str] | None = None) -> Config:
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = read_arguments(arguments)
-        print(f"{config.method} on {config.data} with {config.model}: the results go to runs/{config.run}/")
-        print(table(run(config)))
+        print(f"{config.method} on {config.data} with {config.model}: the results go to runs/{config.run}/\n")
+        rows = run(config)
+        print(f"\n{table([row for row in rows if not {'epoch', 'step'} & row.keys()])}")
+        print(f"\nruns/{config.run}/: policy/ (the final policy), metrics.jsonl (these rows), frontier.png")
     except InputError as error:
         print(f"erpd.py: {error}", file=sys.stderr)
         return 2

@@ -139,16 +139,21 @@ def dual_ascent(coefficient: float, kl: float, budget: float, rate: float, low: 
 def largest_step_within(measure: Callable[[float], float], budget: float, trials: int = 6) -> tuple[float, float]:
     """The largest step α ∈ (0, 1] along π_0 → π_θ whose measured KL keeps to the budget, and that KL: (α, KL(α)).
 
-    Backtracking: the full step first; then the α at which a quadratic through the last measurement meets the budget
-    (KL grows like α² near the reference), a little short of it. After `trials` failures nothing is moved: (0, 0).
+    Backtracking line search: the full step first; if it overspends, the step is bracketed and halved in on until at
+    least 95 % of the budget is used, or `trials` measurements are spent. (0, 0) if none of them kept to the budget.
     """
-    alpha = 1.0
+    step, spent = 0.0, 0.0  # the best that keeps to the budget
+    above, trial = 1.0, 1.0
     for _ in range(trials):
-        kl = measure(alpha)
-        if kl <= budget:
-            return alpha, kl
-        alpha *= min(0.98 * math.sqrt(budget / kl), 0.95) if math.isfinite(kl) else 0.5
-    return 0.0, 0.0
+        measured = measure(trial)
+        if measured <= budget:
+            step, spent = trial, measured
+        else:  # NaN too
+            above = trial
+        if step == 1.0 or spent >= 0.95 * budget:
+            break
+        trial = (step + above) / 2
+    return step, spent
 
 
 def interpolated(base, model, alpha: float):
@@ -158,3 +163,16 @@ def interpolated(base, model, alpha: float):
         for b, start in zip(between.parameters(), base.parameters()):
             b.copy_(start + alpha * (b - start))
     return between
+
+
+def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[float]]:
+    """The limit: (accuracies, KL): no policy has mean accuracy a for less KL(π‖π_0), in nats a completion.
+
+    A policy that is right with probability q_x on problem x, where π_0 is with p_x [P], moved by at least the divergence
+    of those two coins. Its least mean for a given mean accuracy tilts every problem alike: q_x = p_x·e^λ/(1 − p_x + p_x·e^λ).
+    """
+    p = pass_rates.double()
+    tilt = torch.linspace(0, 12, points, dtype=torch.float64, device=p.device).exp()[:, None]
+    q = p * tilt / (1 - p + p * tilt)
+    divergence = torch.special.xlogy(q, q) - torch.special.xlogy(q, p) + torch.special.xlogy(1 - q, 1 - q) - torch.special.xlogy(1 - q, 1 - p)
+    return q.mean(1).tolist(), divergence.mean(1).tolist()

@@ -11,12 +11,17 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import kl
 from rewards import InputError, Problem, reward
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 
 
 # ------------------------------------------------------------------------------------------------------------ policies
@@ -35,6 +40,12 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
     if not stop_ids(model, tokenizer):
         raise InputError(f"--model {name!r} names no end-of-sequence token: set eos_token_id in its generation_config.json")
     return model.to(device).eval(), tokenizer
+
+
+def save_policy(model, tokenizer, folder: str | Path) -> None:
+    """Write a checkpoint folder that `load_policy`, and transformers itself, read back."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -302,45 +313,54 @@ def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: 
 
     accuracy: avg@k, the share of right completions, k = `samples`; pass: unbiased pass@k for k = min(8, samples), both
     with 95 % intervals by bootstrap over problems. kl, kl_token: exact KL(π‖π_0) in nats a completion and a token;
-    entropy: nats a token; length: tokens a completion.
+    entropy: nats a token; length: tokens a completion; pass_rates: the accuracy on each problem.
     """
     rollouts = collect(model, tokenizer, problems, samples, temperature=temperature, desc=desc, **sampling)
     rewards = rollouts.rewards.view(len(problems), samples)
     solved = pass_at_k(rewards, min(8, samples))
     return {
+        "pass_rates": [round(rate, 4) for rate in rewards.mean(1).tolist()],
         "accuracy": rewards.mean().item(), "accuracy_interval": list(bootstrap_interval(rewards.mean(1))),
         "pass": solved.mean().item(), "pass_interval": list(bootstrap_interval(solved)), "samples": samples,
         **divergence(model, reference, rollouts, temperature), "length": rollouts.length.double().mean().item(),
     }
 
 
-def table(rows: Sequence[dict]) -> str:
-    """The policies at the end of each stage: accuracy with its 95 % interval over problems, pass@8, KL and entropy."""
-    lines = [f"{'policy':34} {'right':>7} {'95 % interval':>16} {'pass@8':>7} {'KL, nats/completion':>20} {'entropy':>8}"]
+def table(rows: Sequence[dict], header: bool = True) -> str:
+    """Policies as lines: accuracy with its 95 % interval over problems, pass@8, KL to the first base, entropy."""
+    lines = [f"{'policy':36} {'avg@k':>6}  {'95 % interval':15} {'k':>3} {'pass@8':>7} {'KL, nats/completion':>20} "
+             f"{'entropy, nats/token':>20}"] if header else []
     for row in rows:
-        if "epoch" not in row:
-            low, high = row["accuracy_interval"]
-            lines.append(f"{row['policy']:34} {row['accuracy']:7.1%} {low:7.1%} – {high:6.1%} {row['pass']:7.1%} "
-                         f"{row['kl']:20.3f} {row['entropy']:8.3f}")
+        on_its_way = [f", {unit} {row[unit]}" for unit in ("epoch", "step") if unit in row]
+        low, high = row["accuracy_interval"]
+        lines.append(f"{row['policy'] + ''.join(on_its_way):36} {row['accuracy']:6.1%}  {low:6.1%} – {high:6.1%} "
+                     f"{row['samples']:3} {row['pass']:7.1%} {row['kl']:20.3f} {row['entropy']:20.3f}")
     return "\n".join(lines)
 
 
 def draw_frontier(rows: Sequence[dict], path: str | Path, budget: float | None = None) -> None:
-    """Accuracy against KL: each policy's way from the base, its last point large, and the budget."""
+    """Accuracy against KL: every policy's way, its end large with its interval; the budget; and the limit.
+
+    The limit, the least KL at which any policy can have an accuracy, is drawn where the base (the first row) was
+    sampled 64 times a problem or more: from fewer, problems that look unsolvable would bend it.
+    """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    names = list(dict.fromkeys(row["policy"].replace("ERPD student", "student on its way") for row in rows))
-    for name, marker in zip(names, "*osD^vPX"):
-        way = [row for row in rows if row["policy"].replace("ERPD student", "student on its way") == name]
-        label = name.replace("student on its way", "ERPD student")
-        x, y = [row["kl"] for row in way], [row["accuracy"] for row in way]
-        line, = axes.plot(x, y, marker=marker, markersize=4, linewidth=1, label=label)
-        low, high = way[-1]["accuracy_interval"]
-        axes.errorbar(x[-1], y[-1], [[y[-1] - low], [high - y[-1]]], marker=marker, markersize=10, capsize=3, color=line.get_color())
+    ways: dict[str, list[dict]] = {}
+    for row in rows:
+        ways.setdefault({"student on its way": "ERPD student"}.get(row["policy"], row["policy"]), []).append(row)
+    for (name, way), colour, marker in zip(ways.items(), COLOURS, "*vsoD^PX"):
+        x, y, (low, high) = [r["kl"] for r in way], [r["accuracy"] for r in way], way[-1]["accuracy_interval"]
+        axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+        axes.errorbar(x[-1], y[-1], [[max(0.0, y[-1] - low)], [max(0.0, high - y[-1])]], color=colour, marker=marker,
+                      markersize=10, capsize=3)
+    if rows[0]["samples"] >= 64:
+        accuracy, least = kl.least_kl(torch.tensor(rows[0]["pass_rates"]))
+        axes.plot(least, accuracy, color="black", linewidth=1, linestyle="--", label="the limit: least KL of any policy")
     if budget is not None:
-        axes.axvline(budget, color="grey", linestyle=":", label=f"KL budget, {budget:g}")
+        axes.axvline(budget, color="grey", linewidth=1, linestyle=":", label=f"KL budget, {budget:g} nats")
     axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion", ylabel="right completions",
-             title="Accuracy against KL", xscale="symlog")
-    axes.yaxis.set_major_formatter("{x:.0%}")
+             title="Accuracy against the KL spent for it", xscale="symlog", xlim=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

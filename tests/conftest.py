@@ -1,0 +1,84 @@
+"""Tiny policies and a tiny tokenizer for the tests. Everything runs on the GPU where there is one."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the network
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import Gemma2Config, GPT2Config, PreTrainedTokenizerFast, Qwen3Config
+from transformers import Gemma2ForCausalLM, GPT2LMHeadModel, Qwen3ForCausalLM
+
+# "a" and "b" merge to "ab" in text, but a policy may as well choose "a" and then "b".
+WORDS = ["<eos>", "<user>", "<model>", *"0123456789", "+", "=", "a", "b", "ab"]
+EOS = WORDS.index("<eos>")
+V = len(WORDS)
+CHAT = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+
+SIZES = {"vocab_size": V, "eos_token_id": EOS, "bos_token_id": None, "pad_token_id": None, "initializer_range": 0.4}
+LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 48}
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def make_model(device):
+    """make_model(name, seed, **settings): a random policy over V tokens, far from uniform, in eval mode."""
+    def make(name: str, seed: int = 0, **settings):
+        torch.manual_seed(seed)
+        if name == "qwen3":  # rotary positions, tied embeddings
+            model = Qwen3ForCausalLM(Qwen3Config(**SIZES, **LAYERS, tie_word_embeddings=True, **settings))
+        elif name == "gpt2":  # absolute position embeddings, dropout on in its config
+            model = GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=16, n_layer=2, n_head=4, n_positions=48, **settings))
+        elif name == "gemma2":  # logits capped at ±3, a window of 6 tokens in every other layer
+            settings = {"final_logit_softcapping": 3.0, "sliding_window": 6, **settings}
+            model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **LAYERS, **settings))
+        return model.to(device).eval()
+    return make
+
+
+@pytest.fixture(params=["qwen3", "gpt2", "gemma2"])
+def model(request, make_model):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_bigram(device):
+    """make_bigram(table): a policy whose logits are table[last token], [V, V]: a Qwen3 whose layers add nothing."""
+    def make(table: torch.Tensor):
+        size = len(table)
+        settings = {**SIZES, **LAYERS, "vocab_size": size, "hidden_size": size, "num_hidden_layers": 1}
+        model = Qwen3ForCausalLM(Qwen3Config(**settings, tie_word_embeddings=False, rms_norm_eps=1e-12))
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.zero_()
+            model.model.layers[0].mlp.down_proj.weight.zero_()
+            model.model.embed_tokens.weight.copy_(torch.eye(size))
+            model.model.norm.weight.fill_(size ** -0.5)  # the norm of a one-hot vector is √V times it
+            model.lm_head.weight.copy_(table.T)
+        return model.to(device).eval()
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    def make(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+        text = Tokenizer(BPE({word: i for i, word in enumerate(WORDS)}, [("a", "b")]))
+        text.decoder = Fuse()
+        return PreTrainedTokenizerFast(tokenizer_object=text, eos_token="<eos>", chat_template=chat_template,
+                                       additional_special_tokens=["<user>", "<model>"])
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer):
+    return make_tokenizer()
