@@ -19,6 +19,7 @@ import argparse
 import copy
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -50,17 +51,14 @@ def option(default, help: str, paper=None):
 class Config:
     """Every setting of a run; each field is an option on the command line."""
 
-    model: str = option("tutorial/tiny_base", "checkpoint folder or hub name of the base policy",
-                        "Qwen/Qwen3-4B-Thinking-2507")
-    data: str = option("chain", "problems: chain (built in), gsm8k, math500, aime24, aime25, polaris, any hub data set, "
-                                "or a local .jsonl/.parquet file", "polaris")
+    model: str = option("tutorial/tiny_base", "checkpoint folder or hub name of the base policy", "Qwen/Qwen3-4B-Thinking-2507")
+    data: str = option("chain", "chain (built in), gsm8k, math500, aime24, aime25, polaris, a hub id, a .jsonl or .parquet file", "polaris")
     test_data: str = option("", "problems of the evaluations (default: the test split of --data)", "aime25")
     question_field: str = option("", "field of the data set that holds the question (default: found by name)")
     answer_field: str = option("", "field of the data set that holds the answer (default: found by name)")
     operands: int = option(4, "numbers in a built-in chain problem")
     template: str = option("{question}", "the prompt; {question} stands for the problem")
-    method: str = option("erpd", "erpd; or a direct method to compare with: grpo (fresh samples at every step), or one of "
-                                 "the explorer's losses alone: " + ", ".join(LOSSES))
+    method: str = option("erpd", "erpd; or, to compare: grpo (on-policy), or an explorer's loss alone: " + ", ".join(LOSSES))
     run: str = option("", "name of the folder under runs/ that takes the results (default: METHOD-DATA-sSEED)")
     seed: int = option(0, "seeds the problems, the sampling and the training")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
@@ -75,7 +73,7 @@ class Config:
     curve_samples: int = option(4, "the same for the checkpoints on the way; 0 leaves them out")
     limit_samples: int = option(64, "the same for the base: from 64 on, the figure shows the least KL that any policy needs")
 
-    loss: str = option("sapo", "the explorer's loss: sapo, ce, mse, nll, clip; several with commas for several teachers", "mse")
+    loss: str = option("sapo", "the explorer's loss: sapo, ce, mse, nll or clip; several teachers, with weights: sapo:1,nll:0.5", "mse")
     explore_epochs: int = option(16, "passes of the explorer over the stored batch")
     explore_lr: float = option(1e-4, "its learning rate", 1e-6)
     explore_batch: int = option(256, "completions an update", 256)
@@ -86,17 +84,15 @@ class Config:
     kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) term added to the explorer's loss")
     unlearn_loss: str = option("mse", "the unlearned policy's loss, with the targets reversed", "mse")
     unlearn_epochs: int = option(4, "passes of the unlearned policy over the stored batch")
-    grpo_problems: int = option(16, "problems a step of grpo; it takes as many steps as the rollouts of an erpd run allow")
 
     signal: str = option("contrast", "s_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
-    weights: str = option("", "weights of several teachers' signals, with commas (default: equal)")
     distill_epochs: int = option(2, "passes of the distiller over the stored batch", 1)
     distill_lr: float = option(2e-4, "its learning rate", 1e-6)
     distill_batch: int = option(64, "completions an update", 64)
     distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of s_t")
     kl_budget: float = option(1.0, "KL(π_θ‖π_0) that the student may spend in a round, nats a completion")
-    kl_start: float = option(0.2, "KL coefficient λ that the distiller starts with; the budget moves it")
+    kl_start: float = option(1.0, "KL coefficient λ that the distiller starts with; the budget moves it")
     kl_rate: float = option(0.05, "rate of the dual ascent on log λ, per update")
 
     micro_batch: int = option(128, "completions in one forward and backward pass; the gradient does not depend on it")
@@ -111,28 +107,20 @@ class Config:
                 raise InputError(f"{name} {value!r} is unknown: choose one of {', '.join(choices[f.name])}")
             if isinstance(value, (int, float)) and not (value > 0 or value == 0 and f.name in may_be_zero):
                 raise InputError(f"{name} {value!r} is out of range: it must be above 0")
-        if unknown := set(self.losses) - set(LOSSES):
-            raise InputError(f"--loss {unknown.pop()!r} is unknown: choose from {', '.join(LOSSES)}")
+        if any(loss not in LOSSES or math.isnan(weight) for loss, weight in self.teachers):
+            raise InputError(f"--loss {self.loss!r} is unknown: choose from {', '.join(LOSSES)}; several as sapo:1,nll:0.5")
         if self.group < 2:
             raise InputError(f"--group {self.group}: an advantage compares the completions of one problem, so give at least 2")
         if "{question}" not in self.template:
             raise InputError(f"--template {self.template!r} must contain {{question}}")
-        self.teacher_weights  # raises
         self.run = self.run or f"{self.method}-{Path(self.data).stem}-s{self.seed}"
 
     @property
-    def losses(self) -> list[str]:
-        return self.loss.split(",")
-
-    @property
-    def teacher_weights(self) -> list[float]:
-        try:
-            weights = [float(w) for w in self.weights.split(",")] if self.weights else [1.0] * len(self.losses)
-        except ValueError:
-            weights = []
-        if len(weights) != len(self.losses):
-            raise InputError(f"--weights {self.weights!r}: give {len(self.losses)} numbers with commas, one a teacher")
-        return weights
+    def teachers(self) -> list[tuple[str, float]]:
+        """(loss, weight) of every teacher named in `loss`; a weight that is no number is NaN."""
+        parts = [part.partition(":") for part in self.loss.split(",")]
+        return [(loss, float(weight if re.fullmatch(r"-?\d+(\.\d+)?", weight) else "nan" if colon else 1))
+                for loss, colon, weight in parts]
 
     @property
     def sampling(self) -> dict:
@@ -303,24 +291,23 @@ def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: i
     """
     model, optimizer = trainable(base, config.distill_lr)
     advantages = normalised(signal, rollouts.mask, config.signal_bound)
-    coefficient, seen = config.kl_start, []
+    multiplier, coefficient, seen = config.kl_start, config.kl_start, []
 
     def objective(log_pi, part, targets, tokens, completions):
         log_ratio = kl.token_log_probs(log_pi, part.completions) - part.log_probs
         with torch.no_grad():
             log_reference = completion_log_softmax(base, part, config.temperature)
         surrogate = kl.clipped_surrogate(log_ratio.exp(), targets["advantage"], config.distill_clip, config.distill_clip)
-        divergence = kl.exact_kl(log_pi, log_reference)
-        value = (coefficient * kl.masked_mean(divergence, part.mask, tokens)
-                 - kl.masked_mean(surrogate, part.mask, tokens))
-        seen.extend(zip(divergence.detach(), log_ratio.detach(), part.mask))
+        kl_t = kl.exact_kl(log_pi, log_reference)
+        value = coefficient * kl.masked_mean(kl_t, part.mask, tokens) - kl.masked_mean(surrogate, part.mask, tokens)
+        seen.extend(zip(kl_t.detach(), log_ratio.detach(), part.mask))
         return value, {"entropy": kl.masked_mean(kl.entropy(log_pi.detach()), part.mask, tokens)}
 
     def steer_coefficient():
-        nonlocal coefficient
+        nonlocal multiplier, coefficient
         spent = kl.on_policy_kl(*(pad_sequence(rows, batch_first=True) for rows in zip(*seen))).item()
         seen.clear()
-        coefficient = kl.dual_ascent(coefficient, spent, config.kl_budget, config.kl_rate)
+        multiplier, coefficient = kl.dual_ascent(multiplier, spent, config.kl_budget, config.kl_rate)
         return {"kl": spent, "lambda": coefficient}
 
     optimise(model, optimizer, rollouts, {"advantage": advantages}, objective, epochs=config.distill_epochs,
@@ -346,15 +333,18 @@ def within_budget(base, student, tokenizer, problems: Sequence[Problem], config:
 
 # --------------------------------------------------------------------------------------------------------------- GRPO
 
-def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, steps: int, after_step: Callable | None = None):
-    """On-policy GRPO (2402.03300), to compare with: `explore` with the clip loss, on fresh samples at every step."""
+def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, after_step: Callable | None = None):
+    """On-policy GRPO (2402.03300), to compare with: `explore` with the clip loss, on fresh samples at every step.
+
+    It sees every problem once, like a run of ERPD, so that both spend as many rollouts.
+    """
     model, optimizer = trainable(base, config.explore_lr)
-    for step in tqdm(range(1, steps + 1), desc="grpo", unit="step"):
-        first = (step - 1) * config.grpo_problems
-        chosen = [problems[i % len(problems)] for i in range(first, first + config.grpo_problems)]
-        rollouts = collect(model, tokenizer, chosen, config.group, seed=config.seed * 100_003 + step, **config.sampling)
-        explore(base, rollouts, config, loss="clip", epochs=1, seed=step, desc=f"grpo, {rollouts.rewards.mean():.1%} right",
-                resume=(model, optimizer))
+    per_step = max(1, config.explore_batch // config.group)
+    for step, start in enumerate(tqdm(range(0, len(problems), per_step), desc="grpo", unit="step", leave=False), 1):
+        rollouts = collect(model, tokenizer, problems[start:start + per_step], config.group,
+                           seed=config.seed * 100_003 + step, **config.sampling)
+        explore(base, rollouts, config, loss="clip", epochs=1, seed=step, resume=(model, optimizer),
+                desc=f"grpo, {rollouts.rewards.mean():.1%} right")
         if after_step is not None:
             after_step(step, model)
     return model
@@ -373,17 +363,19 @@ def teach(base, rollouts: Rollouts, config: Config, seed: int, watch: Callable, 
         measure(name, model)
         return score(model, rollouts, config.temperature, config.micro_batch, desc=f"{name} scores the batch")
 
-    log_unlearned, log_teachers = None, [None]
+    log_unlearned = None
     if config.signal != "teacher":
         log_unlearned = drifted("unlearned policy", config.unlearn_loss, config.unlearn_epochs, True)
-    if config.signal != "unlearned":
-        log_teachers = [drifted(f"extreme region policy ({loss})", loss, config.explore_epochs, False) for loss in config.losses]
-    signals = [token_signal(config.signal, rollouts.log_probs, teacher, log_unlearned) for teacher in log_teachers]
-    return combine_signals(signals, config.teacher_weights[:len(signals)], rollouts.mask)
+    if config.signal == "unlearned":
+        return token_signal("unlearned", rollouts.log_probs, None, log_unlearned)
+    signals = [token_signal(config.signal, rollouts.log_probs,
+                            drifted(f"extreme region policy ({loss})", loss, config.explore_epochs, False), log_unlearned)
+               for loss, _ in config.teachers]
+    return combine_signals(signals, [weight for _, weight in config.teachers], rollouts.mask)
 
 
 def run(config: Config) -> list[dict]:
-    """A whole run: rounds of ERPD or a direct method. Writes runs/NAME/ as it goes and returns the rows of metrics.jsonl."""
+    """Rounds of ERPD, or a direct method. Writes runs/NAME/ as it goes and returns the rows of its metrics.jsonl."""
     folder = Path("runs") / config.run
     if folder.exists():
         raise InputError(f"{folder} exists: give the run another name with --run, or remove that folder")
@@ -417,8 +409,7 @@ def run(config: Config) -> list[dict]:
     try:
         measure("base", base, max(config.test_samples, config.limit_samples))
         if config.method == "grpo":
-            steps = math.ceil(len(problems) / config.grpo_problems)
-            base = grpo(base, tokenizer, problems, config, steps=steps, after_step=watch("grpo", "step"))
+            base = grpo(base, tokenizer, problems, config, after_step=watch("grpo", "step"))
             measure("grpo", base)
         for this_round in range(1, config.rounds + 1) if config.method != "grpo" else ():
             fresh = problems[(this_round - 1) * config.problems:this_round * config.problems]
@@ -430,6 +421,7 @@ def run(config: Config) -> list[dict]:
                                  "nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
             if config.method == "erpd":
                 signal = teach(base, rollouts, config, seed, watch, measure)
+                torch.save(signal, folder / f"signal-{this_round}.pt")
                 student = distill(base, rollouts, signal, config, seed=seed, after_epoch=watch("student on its way"))
                 base, spent = within_budget(base, student, tokenizer, fresh, config, seed)
                 measure("ERPD student", base, kl_round=spent)
@@ -458,15 +450,11 @@ def read_arguments(arguments: Sequence[str] | None = None) -> Config:
     parser = Parser(prog="erpd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--paper", action="store_true", help="start from the paper's own settings, for a large GPU")
     for f in fields(Config):
-        paper = f.metadata["paper"]
-        note = f" [{f.default!r}{'' if paper is None else f'; the paper: {paper!r}'}]"
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, metavar=f.name.split("_")[-1].upper(),
-                            help=(f.metadata["help"] + note).replace("%", "%%"))
-    if "--paper" in (sys.argv[1:] if arguments is None else arguments):
-        parser.set_defaults(**{f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None})
-    settings = vars(parser.parse_args(arguments))
-    del settings["paper"]
-    return Config(**settings)
+        note = f"{f.metadata['help']} [{f.default!r}" + (f"; the paper: {f.metadata['paper']!r}]" if f.metadata["paper"] else "]")
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar="", help=note.replace("%", "%%"))
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"]} if given.pop("paper") else {}
+    return Config(**papers | given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

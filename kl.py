@@ -79,9 +79,9 @@ def on_policy_kl(kl: Tensor, log_ratio: Tensor, mask: Tensor, max_weight: float 
     kl, log_ratio and mask are [B, T]: exact KL at each stored prefix, log ρ_t of the chosen token, completion mask.
     """
     before = ((log_ratio * mask).cumsum(-1) - log_ratio * mask).detach()  # log Π_{s<t} ρ_s
-    weight = before.clamp(max=math.log(max_weight)).exp()
     # A finished completion still counts in the normaliser: its KL at later positions is zero.
-    return (weight * kl * mask).sum(0).div(weight.sum(0)).sum()
+    weight = before.clamp(max=math.log(max_weight)).softmax(0)
+    return (weight * kl * mask).sum()
 
 
 # --------------------------------------------------------------------------------------------------------- averages
@@ -126,21 +126,26 @@ def soft_gate_surrogate(ratio: Tensor, advantage: Tensor, tau_right: float = 1.0
 
 # ----------------------------------------------------------------------------------------------------- the KL budget
 
-def dual_ascent(coefficient: float, kl: float, budget: float, rate: float, low: float = 1e-3, high: float = 1e3) -> float:
-    """The KL coefficient λ after one step on its dual: log λ += rate·(kl/budget − 1), within bounds.
+def dual_ascent(multiplier: float, kl: float, budget: float, rate: float, gain: float = 1.0,
+                bound: float = 1e3) -> tuple[float, float]:
+    """One step on the dual of max J s.t. KL ≤ budget: (multiplier, the KL coefficient λ to use in the next update).
 
-    λ rises while more than the budget is spent and falls while less is. The relative overshoot is capped at 1, so that
-    one wild batch doesn't freeze the policy.
+        log multiplier += rate·e        λ = multiplier·exp(gain·e)        e = kl/budget − 1, bounded to [−1, 1]
+
+    The multiplier integrates what is over- or underspent. It answers late, since the policy takes many updates to
+    follow, and alone it swings; the second factor answers at once and damps that (a PI controller on the Lagrangian,
+    as in 2007.03964).
     """
-    overshoot = min(kl / budget - 1, 1.0)
-    return min(max(coefficient * math.exp(rate * overshoot), low), high)
+    overspent = min(max(kl / budget - 1, -1.0), 1.0)
+    multiplier = min(max(multiplier * math.exp(rate * overspent), 1 / bound), bound)
+    return multiplier, multiplier * math.exp(gain * overspent)
 
 
 def largest_step_within(measure: Callable[[float], float], budget: float, trials: int = 6) -> tuple[float, float]:
     """The largest step α ∈ (0, 1] along π_0 → π_θ whose measured KL keeps to the budget, and that KL: (α, KL(α)).
 
-    Backtracking line search: the full step first; if it overspends, the step is bracketed and halved in on until at
-    least 95 % of the budget is used, or `trials` measurements are spent. (0, 0) if none of them kept to the budget.
+    Backtracking line search: the full step first; while that overspends, a quadratic's guess; then the bracket is halved
+    until at least 95 % of the budget is used, or `trials` measurements are spent. (0, 0) if none kept to the budget.
     """
     step, spent = 0.0, 0.0  # the best that keeps to the budget
     above, trial = 1.0, 1.0
@@ -152,7 +157,10 @@ def largest_step_within(measure: Callable[[float], float], budget: float, trials
             above = trial
         if step == 1.0 or spent >= 0.95 * budget:
             break
-        trial = (step + above) / 2
+        if step == 0.0 and math.isfinite(measured):
+            trial *= 0.9 * math.sqrt(budget / measured)  # KL grows like α² near the reference
+        else:
+            trial = (step + above) / 2
     return step, spent
 
 

@@ -4,6 +4,7 @@ A policy is a pair (model, tokenizer) as transformers loads them. Nothing here a
 Models stay in eval mode everywhere, so dropout is off alike where tokens are sampled and where they are scored.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -29,17 +31,20 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 def load_policy(name: str, device: str | torch.device = "cpu"):
     """(model, tokenizer) from a checkpoint folder or a hub name; fp32 weights, eval mode.
 
-    Raises InputError where there is no such model, or the tokenizer has no way to end or pad a text.
+    Raises InputError where there is no such model or device, or nothing that ends a text.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(f"--model {name!r} is no checkpoint folder or hub name that transformers can load: {reason}") from None
     if not stop_ids(model, tokenizer):
         raise InputError(f"--model {name!r} names no end-of-sequence token: set eos_token_id in its generation_config.json")
-    return model.to(device).eval(), tokenizer
+    try:
+        return model.to(device).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {str(device)!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
 
 
 def save_policy(model, tokenizer, folder: str | Path) -> None:
@@ -163,8 +168,8 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, rows: int = 64, d
     scores = torch.zeros_like(rollouts.log_probs)
     for index in tqdm(list(in_batches(len(rollouts), rows)), desc=desc, disable=desc is None, leave=False):
         batch = rollouts.select(index).to(device)
-        log_probs = kl.token_log_probs(completion_log_softmax(model, batch, temperature), batch.completions) * batch.mask
-        scores[index, :log_probs.shape[1]] = log_probs.cpu()
+        log_probs = kl.token_log_probs(completion_log_softmax(model, batch, temperature), batch.completions)
+        scores[index, :log_probs.shape[1]] = torch.where(batch.mask.bool(), log_probs, 0.0).cpu()
     return scores
 
 
@@ -348,8 +353,9 @@ def draw_frontier(rows: Sequence[dict], path: str | Path, budget: float | None =
     axes = figure.subplots()
     ways: dict[str, list[dict]] = {}
     for row in rows:
-        ways.setdefault({"student on its way": "ERPD student"}.get(row["policy"], row["policy"]), []).append(row)
-    for (name, way), colour, marker in zip(ways.items(), COLOURS, "*vsoD^PX"):
+        name = row["policy"].replace("student on its way", "ERPD student")
+        ways.setdefault(name if row["round"] == 1 else f"{name}, round {row['round']}", []).append(row)
+    for (name, way), colour, marker in zip(ways.items(), itertools.cycle(COLOURS), itertools.cycle("*vsD^oPX")):
         x, y, (low, high) = [r["kl"] for r in way], [r["accuracy"] for r in way], way[-1]["accuracy_interval"]
         axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
         axes.errorbar(x[-1], y[-1], [[max(0.0, y[-1] - low)], [max(0.0, high - y[-1])]], color=colour, marker=marker,

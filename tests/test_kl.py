@@ -276,22 +276,25 @@ def test_soft_gate_of_no_advantage():
 # ----------------------------------------------------------------------------------------------------- the KL budget
 
 def test_dual_ascent_direction_and_bounds():
-    """Mistake: the sign of the dual step: a policy that overspends must be held harder."""
-    assert kl.dual_ascent(1.0, kl=2.0, budget=1.0, rate=0.1) > 1 > kl.dual_ascent(1.0, kl=0.5, budget=1.0, rate=0.1)
-    assert kl.dual_ascent(1.0, kl=1.0, budget=1.0, rate=0.1) == 1.0
-    assert kl.dual_ascent(1.0, kl=1e9, budget=1.0, rate=0.1) == pytest.approx(math.exp(0.1))  # one wild batch
-    assert kl.dual_ascent(1.0, kl=math.inf, budget=1.0, rate=0.1) == pytest.approx(math.exp(0.1))
-    assert kl.dual_ascent(900.0, kl=9.0, budget=1.0, rate=1.0) == 1e3
-    assert kl.dual_ascent(2e-3, kl=0.0, budget=1.0, rate=9.0) == 1e-3
+    """Mistake: the sign of the dual step: a policy that overspends must be held harder, at once and in the long run."""
+    for kl_now, harder in ((2.0, 1), (0.5, -1)):
+        multiplier, coefficient = kl.dual_ascent(1.0, kl=kl_now, budget=1.0, rate=0.1, gain=1.0)
+        assert harder * math.log(multiplier) > 0 and harder * math.log(coefficient) > harder * math.log(multiplier)
+    assert kl.dual_ascent(1.0, kl=1.0, budget=1.0, rate=0.1) == (1.0, 1.0)
+    for wild in (1e9, math.inf):  # one wild batch moves it no further than twice the budget does
+        assert kl.dual_ascent(1.0, kl=wild, budget=1.0, rate=0.1) == kl.dual_ascent(1.0, kl=2.0, budget=1.0, rate=0.1)
+    assert kl.dual_ascent(900.0, kl=9.0, budget=1.0, rate=1.0, bound=1e3)[0] == 1e3
+    assert kl.dual_ascent(2e-3, kl=0.0, budget=1.0, rate=9.0, bound=1e3)[0] == 1e-3
 
 
 @pytest.mark.parametrize("start", [0.01, 1.0, 100.0])
 def test_dual_ascent_finds_the_budget(start):
-    """Mistake: a coefficient that oscillates or stops short. Where KL = c/λ it ends at λ = c/budget."""
-    coefficient, c, budget = start, 3.0, 0.5
-    for _ in range(400):
-        coefficient = kl.dual_ascent(coefficient, c / coefficient, budget, rate=0.1)
-    assert coefficient == pytest.approx(c / budget, rel=1e-3)
+    """Mistake: a coefficient that swings for ever or stops short. Where KL slowly follows c/λ it ends at the budget."""
+    multiplier, spent, c, budget = start, 1.0, 3.0, 0.5
+    for _ in range(1000):
+        multiplier, coefficient = kl.dual_ascent(multiplier, spent, budget, rate=0.05)
+        spent *= (c / coefficient / spent) ** 0.1  # a tenth of the way in each update
+    assert spent == pytest.approx(budget, rel=1e-2) and coefficient == pytest.approx(c / budget, rel=1e-2)
 
 
 @pytest.mark.parametrize("c", [1.5, 3.0, 20.0, 300.0])

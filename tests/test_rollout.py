@@ -94,7 +94,7 @@ def assert_same(a, b):
     ({5: 6, 6: 5}, [EOS], [6, 5, 6, 5, 6], [1, 1, 1, 1, 1]),
 ], ids=["pad is eos", "several eos ids", "eos first", "no eos"])
 def test_the_end_is_trained_on_and_nothing_after_it(make_bigram, followers, stop, completion, mask):
-    """Item 2: the EOS masked out, padding trained on (masks from `ids != pad`), an EOS in the prompt that ends a row."""
+    """Item 2: the EOS masked out, padding trained on (masks from `ids != pad`), an EOS in a prompt ending the row."""
     model = make_bigram(chain_table(followers))
     rollouts = draw(model, [[EOS, 5], [3]], group=1, max_new_tokens=5, stop=stop)  # [3] never ends
     assert rollouts.completions[0, :len(completion)].tolist() == completion
@@ -126,7 +126,7 @@ def test_one_hand_computed_token(make_bigram, temperature):
 
 
 def test_the_loss_is_that_of_transformers(model):
-    """Items 3, 4: a shift, or padding that counts. A ragged batch has transformers' loss and gradient on single rows."""
+    """Items 3, 4: a shift, or padding that counts. A ragged batch has the loss and gradient of its single rows."""
     rollouts, losses = draw(model), []
     for prompt, completion in rows_of(rollouts):
         ids = torch.tensor([prompt + completion], device=model.device)
@@ -303,8 +303,8 @@ def test_stop_ids(make_model, tokenizer):
 def test_completion_texts(tokenizer):
     """Item 2: padding, prompts or special tokens in the text that is judged."""
     one, two, three = (WORDS.index(digit) for digit in "123")
-    rollouts = rollouts_by_hand([([one, one], [two, three, EOS]), ([one], [three, two, three, two])], pad_id=one)
-    assert completion_texts(tokenizer, rollouts) == ["23", "3232"]
+    rollouts = rollouts_by_hand([([one, one], [two, three, EOS]), ([one], [three, two] * 4)], pad_id=one)
+    assert completion_texts(tokenizer, rollouts) == ["23", "32323232"]
 
 
 def test_load_policy_reads_what_save_policy_wrote(model, tokenizer, tmp_path, device):

@@ -1,0 +1,304 @@
+"""The stages of erpd.py and its command line."""
+
+import json
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import erpd
+import kl
+from erpd import Config, Diverged
+from rewards import InputError, chain_problems, group_advantages
+from rollout import Rollouts, collect, completion_log_softmax, load_policy, score
+
+TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
+SMALL = dict(model=TINY, problems=8, group=8, test_problems=8, test_samples=2, curve_samples=1, limit_samples=2, explore_epochs=2,
+             unlearn_epochs=1, distill_epochs=1, explore_batch=32, distill_batch=32, operands=3)
+
+
+@pytest.fixture(scope="module")
+def stage(device):
+    """(base, tokenizer, problems, rollouts): the embedded policy and a batch of 64 completions it sampled."""
+    base, tokenizer = load_policy(TINY, device)
+    base.requires_grad_(False)
+    problems = chain_problems(8, "train", operands=3, seed=0)
+    return base, tokenizer, problems, collect(base, tokenizer, problems, 8, max_new_tokens=48, seed=0)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
+
+
+# ------------------------------------------------------------------------------------------------------------- the stage
+
+def test_the_embedded_policy_has_a_habit_that_no_temperature_cures(device):
+    """A base that is merely noisy is cured by sampling colder, and every method then looks good on it."""
+    base, tokenizer = load_policy(TINY, device)
+    problems = chain_problems(256, "test", seed=0)
+    right = {t: collect(base, tokenizer, problems, 8, max_new_tokens=64, temperature=t, seed=1).rewards.mean().item()
+             for t in (1.0, 0.7, 0.3, 0.01)}
+    assert 0.25 <= right[1.0] <= 0.45
+    assert right[0.01] < right[0.3] < right[0.7] < right[1.0]
+
+
+# ------------------------------------------------------------------------------------------------------------ the losses
+
+def one_completion(log_prob, behaviour, rewards):
+    """Rollouts of B one-prompt-token rows around given log-probs [B, T]."""
+    rows, steps = log_prob.shape
+    return Rollouts(torch.zeros(rows, steps + 1, dtype=torch.long), torch.ones(rows, dtype=torch.long),
+                    torch.full((rows,), steps), behaviour, torch.tensor(rewards), torch.zeros(rows, dtype=torch.long))
+
+
+def test_sequence_losses_by_hand():
+    """mse regresses and ce classifies by β times the *sum* of the log-ratio over the completion, not its mean."""
+    log_prob, behaviour = torch.tensor([[-0.5, -1.0], [-2.0, -1.5]]), torch.tensor([[-1.0, -1.5], [-1.0, -1.5]])
+    part, advantage = one_completion(log_prob, behaviour, [1.0, 0.0]), torch.tensor([1.0, -1.0])
+    config = Config(beta=0.5)
+    r_right, r_wrong = 0.5 * (0.5 + 0.5), 0.5 * (-1.0 + 0.0)
+    mse = erpd.explorer_loss("mse", log_prob, part, advantage, 4, 2, config)
+    assert mse.item() == pytest.approx(((r_right - 1) ** 2 + (r_wrong + 1) ** 2) / 2)
+    ce = erpd.explorer_loss("ce", log_prob, part, advantage, 4, 2, config)
+    assert ce.item() == pytest.approx((math.log1p(math.exp(-r_right)) + math.log1p(math.exp(r_wrong))) / 2)
+    nll = erpd.explorer_loss("nll", log_prob, part, advantage, 4, 2, config)
+    assert nll.item() == pytest.approx(1.5 / 4)
+
+
+@pytest.mark.parametrize("loss", erpd.LOSSES)
+def test_reversed_targets_are_the_loss_of_the_opposite_verdict(loss):
+    """A reversal that misses one of Â and r trains a policy that is neither better nor worse."""
+    log_prob, behaviour = torch.tensor([[-0.5, -1.0], [-2.0, -1.5]]), torch.tensor([[-1.0, -1.5], [-1.0, -1.5]])
+    reverse = erpd.explorer_loss(loss, log_prob, one_completion(log_prob, behaviour, [1.0, 0.0]), torch.tensor([1.0, -1.0]),
+                                 4, 2, Config(), reverse=True)
+    opposite = erpd.explorer_loss(loss, log_prob, one_completion(log_prob, behaviour, [0.0, 1.0]), torch.tensor([-1.0, 1.0]),
+                                  4, 2, Config())
+    assert reverse.item() == pytest.approx(opposite.item())
+
+
+@pytest.mark.parametrize("loss", ["sapo", "clip"])
+def test_first_gradient_is_the_policy_gradient(stage, loss):
+    """At ρ = 1 every surrogate has the gradient of mean_t Â·log π_θ, computed here with transformers' own loss."""
+    base, _, _, rollouts = stage
+    rollouts = rollouts.to(next(base.parameters()).device)
+    advantage = group_advantages(rollouts.rewards, rollouts.groups)
+    model, _ = erpd.trainable(base, 1e-4)
+    log_prob = kl.token_log_probs(completion_log_softmax(model, rollouts), rollouts.completions)
+    tokens = int(rollouts.length.sum())
+    erpd.explorer_loss(loss, log_prob, rollouts, advantage, tokens, len(rollouts), Config()).backward()
+    ours = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    model.zero_grad()
+    for row in range(len(rollouts)):
+        end = int(rollouts.prompt_length[row] + rollouts.length[row])
+        ids = rollouts.ids[row:row + 1, :end]
+        labels = ids.clone()
+        labels[:, :int(rollouts.prompt_length[row])] = -100
+        mean = model(input_ids=ids, labels=labels).loss  # transformers shifts the labels and averages over the tokens
+        (mean * rollouts.length[row] * advantage[row] / tokens).backward()
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ the stages
+
+@pytest.mark.parametrize("what", ["sapo", "ce", "mse", "nll", "clip", "distill"])
+def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
+    """Averages of averages: a loss normalised in each micro-batch weighs short completions more."""
+    base, _, _, rollouts = stage
+    ends = []
+    for micro_batch in (5, 64):
+        config = Config(**SMALL, micro_batch=micro_batch, kl_coef=0.1)
+        if what == "distill":
+            signal = torch.sin(torch.arange(rollouts.mask.numel())).view_as(rollouts.mask)
+            model = erpd.distill(base, rollouts, signal, config)
+        else:
+            model = erpd.explore(base, rollouts, config, loss=what, epochs=1)
+        ends.append(weights(model) - weights(base))
+    # Adam divides by the gradient's size, so an update of 1e-4 a weight is compared; rounding may turn a sign near zero.
+    close = (ends[0] - ends[1]).abs() < 1e-5
+    assert close.float().mean() > 0.98
+
+
+def test_stages_leave_base_and_batch_as_they_were(stage):
+    """Reference log-probs that follow the policy make every ratio 1 and every KL 0."""
+    base, _, _, rollouts = stage
+    before, stored = weights(base), rollouts.log_probs.clone()
+    config = Config(**SMALL)
+    explorer = erpd.explore(base, rollouts, config, loss="sapo", epochs=2)
+    teacher = score(explorer, rollouts)
+    student = erpd.distill(base, rollouts, erpd.token_signal("teacher", rollouts.log_probs, teacher), config)
+    assert torch.equal(weights(base), before) and torch.equal(rollouts.log_probs, stored)
+    assert not torch.equal(weights(explorer), before) and not torch.equal(weights(student), before)
+    torch.testing.assert_close(score(base, rollouts), stored, atol=1e-4, rtol=0)
+
+
+def test_explorer_raises_right_completions_and_the_unlearned_policy_wrong_ones(stage):
+    """A sign error in the loss or in the reversal."""
+    base, _, _, rollouts = stage
+    right = rollouts.rewards.bool()
+
+    def gain(reverse):
+        model = erpd.explore(base, rollouts, Config(**SMALL), loss="mse", epochs=3, reverse=reverse)
+        change = (score(model, rollouts) - rollouts.log_probs).sum(1)
+        return (change[right].mean() - change[~right].mean()).item()
+
+    assert gain(False) > 0.5 and gain(True) < -0.5
+
+
+def test_a_perfect_teacher_assigns_credit_that_adds_up_to_the_outcome():
+    """By enumeration: π_0(·|right)/π_0 telescopes to 1/P(right), and the contrast to the log-odds of the outcome."""
+    torch.manual_seed(0)
+    first, second = torch.rand(3).softmax(0), torch.rand(3, 3).softmax(1)
+    joint = first[:, None] * second  # π_0 over all completions of two tokens
+    right = torch.tensor([[1., 0, 0], [0, 1, 1], [0, 0, 1]])
+
+    def log_probs_given(event):
+        posterior = joint * event / (joint * event).sum()
+        head = posterior.sum(1)
+        return torch.stack([head.log()[:, None].expand(3, 3), (posterior / head[:, None]).log()], -1).view(9, 2)
+
+    base, teacher = log_probs_given(torch.ones(3, 3)), log_probs_given(right)
+    signal = erpd.token_signal("teacher", base, teacher)
+    p_right = (joint * right).sum()
+    torch.testing.assert_close(signal.sum(1)[right.view(9).bool()], -p_right.log().expand(4))
+    p_right_after_first = (second * right).sum(1)  # the first token's share is log P(right|y_1)/P(right)
+    torch.testing.assert_close(signal.view(3, 3, 2)[:, 0, 0], (p_right_after_first / p_right).log())
+
+
+def test_signals():
+    log_base, log_teacher, log_unlearned = torch.tensor([[-1.0]]), torch.tensor([[-0.5]]), torch.tensor([[-3.0]])
+    assert erpd.token_signal("teacher", log_base, log_teacher).item() == 0.5
+    assert erpd.token_signal("contrast", log_base, log_teacher, log_unlearned).item() == 2.5
+    assert erpd.token_signal("unlearned", log_base, None, log_unlearned).item() == 2.0
+    with pytest.raises(ValueError, match="contrast"):
+        erpd.token_signal("contrast", log_base, log_teacher)
+
+
+def test_several_teachers_count_by_their_weights_and_not_by_their_drift():
+    """A collapsed teacher's log-ratios are a hundred times larger and would drown the others."""
+    mask = torch.tensor([[1., 1, 1], [1, 1, 0]])
+    one, other = torch.randn(2, 3), torch.randn(2, 3)
+    mixed = erpd.combine_signals([one, 100 * other], [1.0, 2.0], mask)
+    torch.testing.assert_close(mixed, erpd.combine_signals([one, other], [1.0, 2.0], mask))
+    advantage = erpd.normalised(one, mask, bound=0.5)
+    assert advantage[1, 2] == 0 and advantage.abs().max() <= 0.5 and torch.equal(advantage.sign(), (one * mask).sign())
+
+
+def test_student_stays_within_its_budget_on_its_own_samples(stage):
+    """KL on the stored batch flatters: the budget is kept on fresh samples of the student."""
+    base, tokenizer, problems, rollouts = stage
+    config = Config(**SMALL | {"distill_epochs": 8, "distill_batch": 8}, distill_lr=1e-3, kl_start=1e-3, kl_rate=0.0,
+                    kl_budget=0.1)
+    signal = (rollouts.rewards * 2 - 1)[:, None] * rollouts.mask
+    wild = erpd.distill(base, rollouts, signal, config)
+    kept, spent = erpd.within_budget(base, wild, tokenizer, problems, config)
+    fresh = collect(kept, tokenizer, problems, 64, seed=9, **config.sampling)
+    measured = erpd.divergence(kept, base, fresh)["kl"]
+    unchecked = erpd.divergence(wild, base, collect(wild, tokenizer, problems, 8, seed=9, **config.sampling))["kl"]
+    assert unchecked > 0.3 and 0 < spent <= 0.1 and measured < 0.15
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_finite_weights(stage):
+    base, _, _, rollouts = stage
+    broken = replace(rollouts, log_probs=torch.full_like(rollouts.log_probs, math.nan))
+    with pytest.raises(Diverged) as stopped:
+        erpd.explore(base, broken, Config(**SMALL), loss="sapo", epochs=1)
+    assert stopped.value.step == 1 and torch.equal(weights(stopped.value.model), weights(base))
+
+
+# ------------------------------------------------------------------------------------------------------ the command line
+
+def arguments(**settings):
+    return [part for name, value in (SMALL | settings).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_a_whole_run(tmp_path, monkeypatch, capsys):
+    """Two rounds of ERPD: rows on disk as printed, a figure, and a policy that transformers loads and that has moved."""
+    monkeypatch.chdir(tmp_path)
+    assert erpd.main(arguments(run="whole", rounds=2, kl_budget=0.5)) == 0
+    folder = tmp_path / "runs" / "whole"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    ends = [row["policy"] for row in rows if "epoch" not in row]
+    assert ends == ["base"] + ["unlearned policy", "extreme region policy (sapo)", "ERPD student"] * 2
+    assert rows[0]["kl"] == 0 and all(row["kl"] > 0 for row in rows[1:])
+    assert all(row["kl_round"] <= 0.5 for row in rows if row["policy"] == "ERPD student")
+    out = capsys.readouterr().out
+    assert all(name in out for name in ends) and "pass@8" not in out.splitlines()[0]
+    assert (folder / "frontier.png").stat().st_size > 10_000
+    assert json.loads((folder / "config.json").read_text())["kl_budget"] == 0.5
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    assert AutoTokenizer.from_pretrained(folder / "policy").encode("1+1=")
+    assert not torch.equal(weights(policy), weights(AutoModelForCausalLM.from_pretrained(TINY)))
+    assert len(Rollouts.load(folder / "rollouts-2.pt")) == 64
+
+
+@pytest.mark.parametrize("method", ["grpo", "mse", "nll", "clip"])
+def test_direct_methods_run(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    assert erpd.main(arguments(method=method, run=method, kl_coef=0.1)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "runs" / method / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["policy"] == method and rows[-1]["kl"] > 0
+
+
+def test_several_teachers_run_and_the_seed_decides_everything(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = []
+    for run in ("one", "two"):
+        assert erpd.main(arguments(run=run, loss="mse:1,nll:0.5", signal="teacher", explore_epochs=1, device="cpu")) == 0
+        written.append((tmp_path / "runs" / run / "metrics.jsonl").read_text())
+    assert written[0] == written[1]
+
+
+WRONG = [
+    (dict(model="no/such/model/here"), "no/such/model/here"),
+    (dict(data="no-such-data"), "no-such-data"),
+    (dict(data="missing.jsonl"), "missing.jsonl"),
+    (dict(data="empty.jsonl"), "empty.jsonl"),
+    (dict(data="broken.jsonl"), "line 2"),
+    (dict(data="good.jsonl", question_field="riddle"), "riddle"),
+    (dict(loss="sappo"), "sappo"),
+    (dict(unlearn_loss="sappo"), "sappo"),
+    (dict(signal="loud"), "loud"),
+    (dict(method="magic"), "magic"),
+    (dict(group=1), "--group 1"),
+    (dict(kl_budget=0), "--kl-budget"),
+    (dict(kl_budget="nan"), "--kl-budget"),
+    (dict(problems="many"), "many"),
+    (dict(loss="mse:1,nll:much"), "mse:1,nll:much"),
+    (dict(template="no place"), "no place"),
+    (dict(max_new_tokens=600), "context"),
+    (dict(run="taken"), "taken"),
+    (dict(data="hard.jsonl", problems=4, test_problems=1), "nothing to learn"),
+    (dict(explore_lr=1e30), "last_finite"),
+    (dict(device="tpu"), "tpu"),
+]
+
+
+@pytest.mark.parametrize("settings, named", WRONG, ids=[str(s) for s, _ in WRONG])
+def test_wrong_input_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, settings, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n{"question": "1+2=", "ans\n')
+    (tmp_path / "good.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    (tmp_path / "hard.jsonl").write_text("".join(f'{{"question": "{n}=", "answer": "{10**9 + n}"}}\n' for n in range(40)))
+    assert erpd.main(arguments(**settings)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("erpd.py: ") and named in message and "Traceback" not in message
+
+
+def test_help_and_paper_settings(capsys):
+    """Every field is an option with its meaning; --paper starts from the paper's settings, which the line can override."""
+    with pytest.raises(SystemExit) as stopped:
+        erpd.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and all("--" + f.name.replace("_", "-") in text for f in fields(Config))
+    paper = erpd.read_arguments(["--paper", "--group", "4"])
+    assert (paper.problems, paper.explore_lr, paper.explore_batch, paper.group) == (1000, 1e-6, 256, 4)
+    with pytest.raises(InputError, match="--grup"):
+        erpd.read_arguments(["--grup", "4"])

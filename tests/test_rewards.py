@@ -1,0 +1,401 @@
+"""Problems, verdicts and advantages. Most tests are tables: one row a case, with the reason in the row."""
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import rewards
+from rewards import InputError, Problem, chain_problems, chain_split, extract_answer, group_advantages, is_correct, load_problems
+
+# --- Extracting -------------------------------------------------------------------------------------------------------
+
+EXTRACTED = [
+    (r"so $x = \boxed{7}$.", "7", "a box"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", "braces within"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}", "escaped braces within"),
+    (r"\boxed{\text{if } x \le \}", None, "an escaped brace does not close the box"),
+    (r"\boxed 7$", "7", "a box without braces"),
+    (r"\fbox{7}", "7", "the other box"),
+    (r"\boxed{\boxed{7}}", "7", "a box in a box"),
+    (r"\boxed{7} or rather \boxed{8}", "8", "of two boxes the last: a correction"),
+    (r"\boxed{7} The answer is 8.", "7", "text after the box is ignored"),
+    (r"The answer is 8, I mean \boxed{7}", "7", "a box beats other statements"),
+    ("#### 8\n\\boxed{7}", "7", "a box beats ####, before or after it"),
+    (r"so it is \boxed{1", None, "an unclosed box may be half a number"),
+    (r"\boxed{7} hence \boxed{1", "7", "an earlier whole box counts"),
+    (r"Put it in \boxed{}. The answer is 7.", "7", "an empty box is an echo of the prompt"),
+    ("3 + 4 = <<3+4=7>>7\n#### 7", "7", "GSM8K"),
+    ("#### $1,234", "$1,234", "GSM8K with currency and a comma"),
+    ("#### Step 2\nThe answer is 7.", "7", "a heading is no answer"),
+    ("The answer is 7.", "7", "a full stop is not part of it"),
+    ("The answer is 3.5.", "3.5", "but a decimal point is"),
+    ("The answer is: **7**", "7", "bold"),
+    ("**Answer:** `7`", "7", "bold and code ticks"),
+    ("Final Answer: The final answer is $7$. I hope it is correct.", "$7$", "the few-shot phrase of MATH"),
+    ("Answer:\n\n42", "42", "on a line of its own"),
+    ("The answer is 7 because 14/2 = 7.", "7", "the reason is not part of it"),
+    (r"The answer is \(\frac12\), which is small.", r"\(\frac12\)", "inline LaTeX"),
+    ("The answer is 7 dollars and not 8", "7", "the first number when the phrase is no formula"),
+    ("the answer is even", "even", "a word"),
+    ("Then x = 5\nSo there are 12 apples.", "12", "last number of the last line"),
+    (r"We get $x = \frac{3}{4}$.", r"$x = \frac{3}{4}$", "last formula of the last line"),
+    ("37+48=85;85+25=110", "110", "a chain of sums"),
+    ("It costs $12.50 in all", "$12.50", "currency"),
+    ("about 3/4 of them", "3/4", "a fraction"),
+    ("I do not know", None, "no answer"),
+    ("", None, "nothing"),
+]
+
+
+@pytest.mark.parametrize("text, answer, reason", EXTRACTED, ids=[row[2] for row in EXTRACTED])
+def test_extract_answer(text, answer, reason):
+    assert extract_answer(text) == answer
+
+
+# --- Judging ----------------------------------------------------------------------------------------------------------
+
+RIGHT = [
+    ("42", "42.0", "a whole decimal"), ("025", "25", "leading zeros, as AIME writes"), ("+7", "7", "a sign that says nothing"),
+    ("−7", "-7", "Unicode minus"), ("٣", "3", "Unicode digits"), ("７", "7", "full-width digits"),
+    ("1,234", "1234", "thousands"), (r"10,\!080", "10080", "thousands in LaTeX"), ("2{,}125", "2125", "thousands in braces"),
+    (r"\$32,\!348", "32348", "currency"), ("$18.90", "18.9", "currency and a trailing zero"), ("€5", "5", "another currency"),
+    ("0.5", r"\frac{1}{2}", "decimal and fraction"), (r"\frac12", "1/2", "LaTeX takes one digit"), (r"\frac9{19}", "9/19", "mixed braces"),
+    (r"\dfrac{3}{4}", r"\tfrac{6}{8}", "reduced or not"), (r"-\frac{1}{2}", r"\frac{-1}{2}", "where the sign stands"),
+    ("1 4/5", "9/5", "a mixed number"), (r"137 \frac{1}{2}", "137.5", "a mixed number in LaTeX"), ("½", "0.5", "a Unicode fraction"),
+    ("0.333333", "1/3", "six digits of a decimal"), ("1.41421", r"\sqrt2", "six digits of a root"),
+    (".0000672", r"6.72 \times 10^{-5}", "scientific notation"), ("6.72e-5", "0.0000672", "scientific notation of programs"),
+    ("20%", "20", "a percentage asked for"), (r"20\%", "0.2", "a percentage is a fraction"), ("20 percent", "1/5", "in words"),
+    (r"90^\circ", "90", "degrees"), ("90°", r"90^{\circ}", "Unicode degrees"), (r"\sin 30^\circ", "1/2", "degrees in a sine"),
+    (r"15\mbox{ cm}^2", "15", "a unit with an exponent"), ("5 km/h", r"5\text{ km/h}", "a quotient of units"),
+    ("20 miles per hour", "20", "a unit in words"), (r"5.4~\text{ cents}", "5.4", "a unit in LaTeX"),
+    (r"11\sqrt2", r"\sqrt{242}", "a root drawn out"), (r"\sqrt[3]{-8}", "-2", "a real odd root"), ("2√3", r"\sqrt{12}", "Unicode root"),
+    (r"\frac{\sqrt{3}}{3}", r"1/\sqrt{3}", "a rationalised denominator"), ("sqrt(13)*3", r"3\sqrt{13}", "a root in plain text"),
+    ("2^{10}", "1024", "a power"), ("2**10", "2^10", "a power as programs write it"), ("x²", "x^2", "Unicode exponent"),
+    ("2π", r"2\pi", "Unicode pi"), ("2*pi", r"2\pi", "pi in words"), ("5!", "120", "a factorial"), (r"\binom{5}{2}", "10", "a binomial"),
+    ("6+9i", "9i+6", "a complex number"), (r"e^{i\pi}", "-1", "Euler"), (r"\log_2 8", "3", "a logarithm"), (r"\ln e^2", "2", "a natural one"),
+    (r"\sin^2 x + \cos^2 x", "1", "an identity"), (r"\cot x", r"\frac{\cos x}{\sin x}", "a quotient of functions"),
+    ("(3,4]", r"\left( 3, 4 \right]", "an interval"), ("x>2", r"(2,\infty)", "an inequality is an interval"),
+    (r"x \in [-2,7]", r"-2 \le x \le 7", "so is a double one"), (r"(0,9) \cup (9,36)", r"(9,36)\cup(0,9)", "a union in any order"),
+    ("3,5,7", "7, 5, and 3", "a list in any order"), (r"\{1,2\}", "{2, 1}", "a set in any order"),
+    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", "plus or minus"), (r"x = \pm 5", "x = 5 or x = -5", "plus or minus, named"),
+    (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5", "plus or minus in a set"),
+    ("x=5", "5", "a name is optional"), ("f(x) = 2x+1", "2x+1", "also a function's"), (r"\text{Area} = 5", "5", "also in words"),
+    ("37+48 = 85", "85", "a true sum says its value"), ("2x = 10", "x = 5", "multiples of an equation"),
+    ("y = 2x+3", "2x - y + 3 = 0", "a line in two forms"), ("5x - 7y + 11z + 4 = 0", "-10x+14y = 22z+8", "a plane in two forms"),
+    (r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}", r"\begin{bmatrix}-\frac13\\2\\\end{bmatrix}", "a matrix"),
+    (r"\langle 1, 2 \rangle", "⟨1,2⟩", "a vector"), ("(x-1)(x+1)", "x^2-1", "a polynomial"), ("(1-x)^{20}", "(x-1)^20", "a high power"),
+    ("2k+2", "2(k+1)", "factored"), (r"\frac{11+9a}{20}", "0.55+0.45a", "decimal coefficients"), ("|x-1|", "|1-x|", "absolute value"),
+    ("(C)", "C", "a choice"), (r"\text{(C)}", "C", "a choice in LaTeX"), (r"\textbf{(C)}\ 12", "12", "the value behind a choice"),
+    (r"\text{even}", "even", "a word"), ("Navin", r"\text{navin}", "a name in any case"), ("No solution", "no solution.", "words"),
+    (r"\text{below}", "below", "a word in alphabetical order is still that word"), ("52", "52_8", "the base may go unsaid"),
+    ("4210_5", "4210_{5}", "a base in braces"), (r"\boxed{7}", "7", "a box left on"), ("**7**", "7", "bold left on"),
+    ("2^{2024}", "4^{1012}", "a large power, exactly"), ("x_1+x_2", "x_{2}+x_{1}", "subscripts"), ("3:4", "3/4", "a ratio"),
+]
+
+
+@pytest.mark.parametrize("a, b, reason", RIGHT, ids=[row[2] for row in RIGHT])
+def test_equal_in_meaning(a, b, reason):
+    assert is_correct(a, b) and is_correct(b, a)
+    assert is_correct(a, a) and is_correct(b, b)
+
+
+WRONG = [
+    ("204", "205", "integers are exact"), ("204.00001", "204", "no tolerance swallows an integer"), ("7", "-7", "a sign"),
+    ("1234567.5", "1234566.5", "no relative tolerance"), ("0.33", "1/3", "two digits are no third"), ("0.666665", "2/3", "a wrong last digit"),
+    ("3/56", "56/3", "upside down"), ("1,234", "1.234", "comma and point"), ("0.5%", "0.5", "half a percent is no half"),
+    (r"3\sqrt{13}", r"3\sqrt{14}", "a digit under the root"), ("123456789012x", "123456789013x", "coefficients are exact"),
+    ("(2,4)", "[2,4]", "open and closed ends"), ("(3,4]", "(3,4)", "one end"), ("(2,4)", "(4,2)", "order in a point"),
+    (r"(-\infty, 3)", r"(\infty, 3)", "the sign of infinity"), (r"(-\infty, 2)", r"(-\infty, 3)", "the finite end beside an infinite"),
+    ("(100,200)", "(100200)", "a point is no number with thousands"), ("1,2", "(1,2)", "a list is no point"),
+    ("3,5,7", "3,5,8", "one element"), ("1,2", "1", "one of two solutions"), ("1,1,2", "1,2,2", "how often"), ("1,2,3", "2", "a shotgun list"),
+    (r"5\text{ or 7}", "5", "a guess hidden in a unit"), ("5 or 7", "5", "two guesses"),
+    ("52_8", "42", "the value of the digits is the question of a conversion task"), ("52_8", "52_9", "another base"),
+    ("x=5", "y=5", "another name"), ("2x=10", "2x=12", "another equation"), ("7 = 8", "8", "a false equation"), ("|x|", "x", "absolute value"),
+    ("x+1", "x-1", "a sign in a formula"), ("2R", "2r", "case of a variable"), ("xyz", "xy", "a factor"), ("6-5i", "6+5i", "the conjugate"),
+    ("east", "seat", "words are not products"), ("C", "D", "another choice"), (r"\text{even}", "odd", "another word"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}", "a column is no row"), ("x>2", r"x \ge 2", "strict or not"),
+    (r"\log 2", r"\ln 2", "the base of a logarithm"), (r"\sin x", r"\cos x", "another function"), (r"1\frac{4}{5}", "4/5", "the whole part"),
+    ("", "7", "nothing"), (None, "7", "no answer"), ("???", "7", "signs"), ("1/0", "1/0", "undefined"), ("9**9**9", "1", "too large"),
+    ("__import__('os').system('true')", "0", "text is never executed"), (r"\frac{1}{", "1", "unbalanced"), ("(1", "1", "unclosed"),
+]
+
+
+@pytest.mark.parametrize("a, b, reason", WRONG, ids=[row[2] for row in WRONG])
+def test_different_in_meaning(a, b, reason):
+    assert not is_correct(a, b)
+    assert a is None or not is_correct(b, a)
+
+
+def test_reward_is_one_or_zero():
+    assert [rewards.reward(text, "206") for text in ("37+48=206", "The answer is 205", "no idea", "")] == [1.0, 0.0, 0.0, 0.0]
+
+
+# --- Cost and safety --------------------------------------------------------------------------------------------------
+
+BOMBS = [
+    ("9**9**9", "a tower"), ("10^{10^{10}}", "a tower in LaTeX"), ("1e99999", "an exponent"), ("4000!" * 90, "factorials"),
+    (r"\binom{999}{499}+" * 25 + "1", "binomials"), ("9^{600}*" * 60 + "1", "a product of powers"), ("1/9^{99}+" * 50 + "1", "a sum of fractions"),
+    (r"\frac" * 10_000, "fractions nested 10,000 deep"), (r"\frac{" * 80 + "1", "fractions nested within the length"),
+    ("(" * 400, "brackets"), ("[(" * 200, "two kinds of brackets"), ("2^" * 240 + "2", "exponents"), (r"\sin" * 120 + "x", "functions"),
+    ("-" * 480 + "5", "signs"), ("|" * 400, "bars"), ("$" * 9_000, "dollars"), (r"\(" * 5_000, "opened formulas"), ("5!" + "!" * 300, "factorials of factorials"),
+    ("1" * 100_000, "100 kB of digits"), ("{" * 100_000, "100 kB of braces"), (r"\boxed{" * 14_000, "100 kB of unclosed boxes"),
+    ("answer is " * 10_000, "100 kB of statements"), ("#### " * 20_000, "100 kB of marks"), ("5," * 50_000, "100 kB of list"),
+    ("1," * 249 + "1", "a list"), (",".join(map(str, range(32))), "the longest set"), ("x/y/" * 120 + "z", "a long quotient"),
+    ("(x+1)^{300}*" * 35 + "1", "a product of polynomials"), ("x=1," * 31 + "y=2", "a list of equations"), ("1=" * 200 + "1", "a chain of equations"),
+    ("\x00\x1b[2J\u202e", "control characters"), ("1+" * 249 + "1", "a sum"), ('"' * 400, "quotes"),
+]
+
+
+def verdict_seconds(text):
+    """Processor time of this thread: on a busy machine the clock on the wall measures the neighbours."""
+    other = text[:-1] + "3"
+    rewards.read.cache_clear()
+    rewards.value.cache_clear()
+    start = time.thread_time()
+    is_correct(text, other)
+    rewards.reward(text, "3")
+    return time.thread_time() - start
+
+
+@pytest.mark.parametrize("text, reason", BOMBS, ids=[row[1] for row in BOMBS])
+def test_cost_is_bounded(text, reason):
+    assert min(verdict_seconds(text) for _ in range(3)) < 0.03  # two readings and two verdicts, with room for slow machines
+
+
+def test_works_in_a_thread_with_a_small_stack():
+    """No signals, which only the main thread may use, and no deep recursion."""
+    results = []
+    size = threading.stack_size(256 * 1024)
+    try:
+        thread = threading.Thread(target=lambda: results.extend(is_correct(text, text) for text, _ in BOMBS + [("1/2", "")]))
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(size)
+    assert len(results) == len(BOMBS) + 1 and results[-1] is True
+
+
+PIECES = r"""\frac{ \frac \sqrt{ \sqrt[3]{ } { ( ) [ ] , ; | \{ \} ^ ^{ _8 ! % ^\circ + - * / = < \le \pm \cup \pi i e x y 0 1 2 7 12 0.5
+    1,000 9**9 1e5 \sin \log_2 \text{cm} \text{C} \begin{pmatrix} & \\ \end{pmatrix} \left( \right] \infty \binom{5}{2} \cdot $
+    \boxed{ #### ² ½ − ٣ π √ ∞ apples even or and the answer is""".split()
+
+
+def test_fuzz():
+    """20,000 seeded strings: only the documented exception, symmetric, equal to itself whatever can be read, and quick."""
+    rng = random.Random(0)
+    cases = [text for row in RIGHT for text in row[:2]]
+
+    def string():
+        if rng.random() < 0.4:
+            return "".join(rng.choices(PIECES, k=rng.choice((1, 2, 3, 5, 8, 20))))
+        letters = list(rng.choice(cases))
+        for _ in range(rng.randint(0, 4)):
+            place = rng.randrange(len(letters) + 1)
+            piece = rng.choice((rng.choice(PIECES), chr(rng.randrange(1, 127)), chr(rng.randrange(127, 0x2400))))
+            letters[place:place + rng.randint(0, 1)] = [piece]
+        return "".join(letters)
+
+    strings = [string() for _ in range(20_000)]
+    seconds, readable = [], 0
+    for text, other in zip(strings, strings[-1:] + strings):
+        start = time.thread_time()
+        verdict = is_correct(text, other)
+        seconds.append(time.thread_time() - start)
+        assert is_correct(other, text) == verdict, (text, other)
+        assert isinstance(rewards.reward(text, "12"), float)
+        try:
+            rewards.read(text)
+        except InputError:
+            assert not is_correct(text, text), text
+        else:
+            readable += 1
+            assert is_correct(text, text), text
+    assert readable > 5_000  # else the strings test nothing
+    assert sorted(seconds)[int(0.999 * len(seconds))] < 0.01
+
+
+# --- Advantages -------------------------------------------------------------------------------------------------------
+
+
+def by_hand(rewards_, groups, kind):
+    """The definition, one group after the other."""
+    out = torch.empty_like(rewards_)
+    for group in groups.unique():
+        r = rewards_[groups == group]
+        for index in (groups == group).nonzero().flatten().tolist():
+            others = (r.sum() - rewards_[index]) / max(len(r) - 1, 1)
+            out[index] = {"mean": rewards_[index] - r.mean(), "std": (rewards_[index] - r.mean()) / r.std(correction=0),
+                          "loo": rewards_[index] - others}[kind]
+    return out
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize("kind", ["std", "mean", "loo"])
+def test_advantages_equal_their_definition_whatever_the_order(kind, device):
+    r = torch.rand(60, generator=torch.Generator().manual_seed(0)).to(device)
+    groups = (torch.arange(60) % 7 * 100 - 3).to(device)  # not contiguous, not from 0, sizes 8 and 9
+    advantages = group_advantages(r, groups, kind)
+    assert advantages.device == r.device and advantages.dtype == r.dtype
+    torch.testing.assert_close(advantages, by_hand(r, groups, kind))
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1)).to(device)
+    torch.testing.assert_close(group_advantages(r[order], groups[order], kind), advantages[order])
+    for group in groups.unique():
+        assert advantages[groups == group].sum().abs() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["std", "mean", "loo"])
+def test_equal_rewards_give_exactly_zero(kind):
+    r = torch.tensor([0.1, 0.1, 0.1, 1.0, 1.0, 0.7])  # the mean of three 0.1 is not 0.1; the last group has one member
+    assert group_advantages(r, torch.tensor([5, 5, 5, 2, 2, 9]), kind).tolist() == [0.0] * 6
+    assert group_advantages(torch.tensor([]), torch.tensor([], dtype=torch.long), kind).shape == (0,)
+
+
+def test_advantages_worked_example():
+    """r = 1, 0, 0, 0: mean 1/4, population std √3/4, mean of the others 0 or 1/3."""
+    r, groups = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64), torch.zeros(4, dtype=torch.long)
+    expected = {"mean": [3 / 4, -1 / 4], "std": [3 ** 0.5, -(3 ** -0.5)], "loo": [1.0, -1 / 3]}
+    for kind, (first, other) in expected.items():
+        assert group_advantages(r, groups, kind).tolist() == pytest.approx([first, other, other, other])
+    assert group_advantages(r.bfloat16(), groups).dtype == torch.bfloat16
+    with pytest.raises(InputError, match="median"):
+        group_advantages(r, groups, "median")
+
+
+# --- Problems ---------------------------------------------------------------------------------------------------------
+
+
+def test_chain_problems_are_fixed_distinct_and_apart():
+    state = random.getstate()
+    train, test = (chain_problems(500, split, seed=seed) for split, seed in (("train", 0), ("test", 1)))
+    assert random.getstate() == state
+    assert train == chain_problems(500, "train", seed=0) != chain_problems(500, "train", seed=2)
+    assert len({problem.question for problem in train + test}) == 1000
+    for problem in train + test:
+        terms = problem.question.removesuffix("=").split("+")
+        assert len(terms) == 4 and all(10 <= int(term) <= 99 for term in terms)
+        assert sum(map(int, terms)) == int(problem.answer)
+    assert {chain_split(problem.question) for problem in train} == {"train"}
+    assert chain_problems(1, "test") == [Problem("49+46+79+15=", "189")]  # a hash that changed would mix old and new splits
+    assert {chain_split(f"{n}=") for n in range(40)} == {"train", "test"}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+ROWS = [
+    ({"question": "q", "answer": "3+4=<<3+4=7>>7\n#### 7"}, Problem("q", "7"), "GSM8K"),
+    ({"problem": "q", "solution": r"so \boxed{\frac12}", "answer": r"\frac12"}, Problem("q", r"\frac12"), "MATH: the answer before the solution"),
+    ({"problem": "q", "solution": r"so \boxed{\frac12}."}, Problem("q", r"\frac12"), "a boxed solution alone"),
+    ({"Body": "There are 3.", "Question": "How many?", "Answer": 3.0}, Problem("There are 3. How many?", "3"), "SVAMP"),
+    ({"question": "q", "final_answer": ["12"]}, Problem("q", "12"), "a list of one"),
+    ({"prompt": "q", "answer": 7}, Problem("q", "7"), "a number"),
+]
+
+
+@pytest.mark.parametrize("row, problem, reason", ROWS, ids=[row[2] for row in ROWS])
+def test_fields_are_found_by_name(tmp_path, row, problem, reason):
+    assert load_problems(write(tmp_path / "p.jsonl", row), "all") == [problem]
+
+
+def test_local_files_split_and_sample(tmp_path):
+    path = write(tmp_path / "p.jsonl", *({"question": f"q{n}", "answer": n, "other": -n} for n in range(200)))
+    train, test, everything = (load_problems(path, split) for split in ("train", "test", "all"))
+    assert len(train) + len(test) == len(everything) == 200 and not set(train) & set(test) and test
+    assert [problem.answer for problem in everything] == [str(n) for n in range(200)]  # in order
+    sample = load_problems(path, "train", count=20, seed=1)
+    assert len(set(sample)) == 20 and set(sample) <= set(train) and sample == load_problems(path, "train", count=20, seed=1)
+    assert sample != load_problems(path, "train", count=20, seed=2)
+    assert load_problems(path, "all", answer_field="other")[3] == Problem("q3", "-3")
+
+
+def test_parquet_equals_jsonl(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"question": f"q{n}", "answer": str(n)} for n in range(9)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    assert load_problems(str(tmp_path / "p.parquet"), "all") == load_problems(write(tmp_path / "p.jsonl", *rows), "all")
+
+
+HUB = {"two": {"train": 8, "test": 4}, "one": {"test": 40}}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of two data sets, and no network."""
+    import datasets
+
+    def load_dataset(path, config=None):
+        name = {"openai/gsm8k": "two", "HuggingFaceH4/MATH-500": "one"}.get(path)
+        if name is None:
+            raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nmore lines")
+        return {split: [{"question": f"{split} {n}", "answer": "1"} for n in range(size)] for split, size in HUB[name].items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_hub_splits(hub):
+    assert [len(load_problems("gsm8k", split)) for split in ("train", "test", "all")] == [8, 4, 12]
+    train, test = (set(load_problems("math500", split)) for split in ("train", "test"))  # published as a test split only
+    assert train and test and not train & test and len(train | test) == len(load_problems("math500", "all")) == 40
+
+
+GOOD = {"question": "q", "answer": "1"}
+MISTAKES = [
+    (dict(source="gsm9k"), "unknown data set 'gsm9k'", "a name that is nothing"),
+    (dict(source="nobody/nothing"), "cannot load the data set nobody/nothing: Couldn't reach", "the hub out of reach"),
+    (dict(source="gsm8k", split="dev"), "unknown split 'dev'", "a split"),
+    (dict(source="chain", count=None), "give a count", "chains without end"),
+    (dict(source="chain", operands=0, count=5), "0 operands", "no operands"),
+    (dict(source="chain", operands=1, count=50), "at most 11", "more chains than there are"),
+    (dict(source="chain", split="all", count=5), "unknown split 'all'", "chains have no whole"),
+    (dict(source="gsm8k", count=99), "has 8", "more problems than there are"),
+    (dict(source="gsm8k", count=0), "cannot take 0", "no problems"),
+    (dict(source="missing.jsonl"), "no such file: missing.jsonl", "a missing file"),
+    (dict(source="missing.parquet"), "no such file: missing.parquet", "a missing parquet file"),
+    (dict(lines=[]), "is empty", "an empty file"),
+    (dict(lines=[json.dumps(GOOD), '{"question": ']), "line 2: not JSON", "a broken line"),
+    (dict(lines=[json.dumps(GOOD), "", "[1]"]), "line 3: not a problem", "a line that is no object"),
+    (dict(lines=[b"\xff\xfe{"]), "line 1: not JSON", "not a text"),
+    (dict(lines=["[" * 100_000]), "line 1: not JSON", "nested too deeply"),
+    (dict(lines=['{"text": "q", "answer": "1"}']), "no field 'question'; it has text, answer", "no question"),
+    (dict(lines=['{"question": "q"}']), "no field 'answer'; it has question", "no answer"),
+    (dict(lines=[json.dumps(GOOD)], answer_field="gold"), "no field 'gold'; it has question, answer", "a field that is not there"),
+    (dict(lines=['{"question": [], "answer": "1"}']), "problem 1: the question is no text", "a question that is no text"),
+    (dict(lines=[json.dumps(GOOD), '{"question": "how", "answer": ""}']), "problem 2: cannot read the gold answer '' ('how')", "no gold"),
+    (dict(lines=['{"question": "how", "answer": "\\\\frac{1}{"}']), "cannot read the gold answer", "a gold that is unbalanced"),
+    (dict(lines=['{"question": "how", "answer": "1/0"}']), "cannot read the gold answer", "a gold that is undefined"),
+    (dict(lines=['{"question": "how", "answer": null}']), "cannot read the gold answer", "a gold that is null"),
+]
+
+
+@pytest.mark.parametrize("arguments, message, reason", MISTAKES, ids=[row[2] for row in MISTAKES])
+def test_wrong_input_is_named_in_one_line(tmp_path, hub, arguments, message, reason):
+    arguments = {"split": "all" if "lines" in arguments else "train", **arguments}
+    if "lines" in arguments:
+        lines = [line if isinstance(line, bytes) else line.encode() for line in arguments.pop("lines")]
+        arguments["source"] = str(tmp_path / "p.jsonl")
+        Path(arguments["source"]).write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError) as caught:
+        load_problems(**arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def command_line(*arguments):
+    return subprocess.run([sys.executable, rewards.__file__, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_command_line_shows_each_step():
+    lines = command_line(r"So it is \boxed{y = 1+2x}.", "2x+1").stdout.splitlines()
+    assert lines == ["extracted: y = 1+2x", "read as: =(y, +(1, *(2, x)))", "gold as: +(*(2, x), 1)", "verdict: right"]
+    usage = command_line("7")
+    assert usage.returncode == 2 and usage.stderr.startswith("rewards.py: usage") and len(usage.stderr.splitlines()) == 1
