@@ -38,6 +38,8 @@ from rollout import Rollouts, collect, completion_log_softmax, divergence, draw_
 LOSSES = ("sapo", "ce", "mse", "nll", "clip")
 SIGNALS = ("teacher", "contrast", "unlearned")
 METHODS = ("erpd", "grpo", *LOSSES)
+SECTIONS = {"model": "policy, problems, run", "problems": "rollouts and evaluations", "loss": "stage 1: the explorer",
+            "signal": "stage 2: the signal and the distiller", "micro_batch": "memory"}  # each by its first field
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -53,7 +55,7 @@ class Config:
 
     model: str = option("tutorial/tiny_base", "checkpoint folder or hub name of the base policy", "Qwen/Qwen3-4B-Thinking-2507")
     data: str = option("chain", "chain (built in), gsm8k, math500, aime24, aime25, polaris, a hub id, a .jsonl or .parquet file", "polaris")
-    test_data: str = option("", "problems of the evaluations (default: the test split of --data)", "aime25")
+    test_data: str = option("", "problems of the evaluations (default: the test split of --data)")
     question_field: str = option("", "field of the data set that holds the question (default: found by name)")
     answer_field: str = option("", "field of the data set that holds the answer (default: found by name)")
     operands: int = option(4, "numbers in a built-in chain problem")
@@ -75,7 +77,7 @@ class Config:
 
     loss: str = option("sapo", "the explorer's loss: sapo, ce, mse, nll or clip; several teachers, with weights: sapo:1,nll:0.5", "mse")
     explore_epochs: int = option(16, "passes of the explorer over the stored batch")
-    explore_lr: float = option(1e-4, "its learning rate", 1e-6)
+    explore_lr: float = option(3e-5, "its learning rate", 1e-6)
     explore_batch: int = option(256, "completions an update", 256)
     advantage: str = option("std", "group advantage Â: std, mean (not divided), loo (leave one out)")
     beta: float = option(1.0, "scale β of the sequence log-ratio in ce and mse")
@@ -447,13 +449,17 @@ def read_arguments(arguments: Sequence[str] | None = None) -> Config:
         def error(self, message):
             raise InputError(f"{message} (python erpd.py --help lists every option)")
 
-    parser = Parser(prog="erpd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(prog="erpd.py", usage="python erpd.py [--option value …]", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", action="store_true", help="start from the paper's own settings, for a large GPU")
     for f in fields(Config):
-        note = f"{f.metadata['help']} [{f.default!r}" + (f"; the paper: {f.metadata['paper']!r}]" if f.metadata["paper"] else "]")
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar="", help=note.replace("%", "%%"))
+        if f.name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[f.name])
+        values = [str(f.default)] * (f.default != "") + [f"the paper: {f.metadata['paper']}"] * (f.metadata["paper"] is not None)
+        section.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar=type(f.default).__name__.upper(),
+                             help=f"{f.metadata['help']} [{'; '.join(values)}]".replace(" []", "").replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"]} if given.pop("paper") else {}
+    papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None} if given.pop("paper") else {}
     return Config(**papers | given)
 
 

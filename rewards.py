@@ -62,7 +62,7 @@ def chain_problems(count, split, operands=4, seed=0):
         raise InputError(f"unknown split {split!r}: use train or test")
     room = 90 ** max(operands, 0) // 8  # half of the test quarter: drawing at random stays quick
     if operands < 1 or not 1 <= count <= room:
-        raise InputError(f"cannot make {count} chains of {operands} operands: at least 1 of each, at most {room} chains")
+        raise InputError(f"cannot make {count} chains of {operands} operands: there is room for 1 to {room}")
     rng = random.Random(f"chain {split} {operands} {seed}")
     problems = {}
     while len(problems) < count:
@@ -98,7 +98,8 @@ def load_problems(source, split, count=None, seed=0, operands=4, question_field=
         if divided or split in ("all", chain_split(problem.question)):
             problems[n] = problem
     if not problems or count is not None and not 1 <= count <= len(problems):
-        raise InputError(f"cannot take {count} problems: the {split} split of {source} has {len(problems)}")
+        raise InputError(f"cannot take {'any' if count is None else count} problems: "
+                         f"the {split} split of {source} has {len(problems)}")
     chosen = list(problems) if count is None else random.Random(seed).sample(list(problems), count)
     for n in chosen:
         question, gold = problems[n].question, problems[n].answer
@@ -108,7 +109,7 @@ def load_problems(source, split, count=None, seed=0, operands=4, question_field=
 
 
 def load_rows(source, split):
-    """Rows (dicts) of the split, True; or if the source has one split only, all its rows, False."""
+    """The rows (dicts) of the split, True; but all rows, False, if the source has a single split, yet to be divided."""
     if source.endswith((".jsonl", ".parquet")) and not Path(source).is_file():
         raise InputError(f"no such file: {source}")
     if source.endswith(".jsonl"):
@@ -161,7 +162,8 @@ def row_problem(row, where, question_field, answer_field):
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"{where}: the question is no text: {str(question)[:60]!r}")
     if "body" in names and not question_field:
-        question = f"{row[names['body']]} {question}"
+        body = str(row[names["body"]]).strip()
+        question = f"{body}{'' if body[-1:] in '.!?,' else ','} {question}"  # a third of them break off in "if …"
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if isinstance(answer, float) and answer.is_integer():
@@ -261,7 +263,7 @@ COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only c
          "boldsymbol bf rm boxed fbox , ! ; : > $ # ( ) [ ]"}) | {" ": " "}
 WORDS = invert({"π": "pi", "∞": "infinity inf", "°": "degrees degree", "%": "percent", ",": "or and", "∪": "union",
                 r"\sqrt": "sqrt", r"\arcsin": "asin", r"\arccos": "acos", r"\arctan": "atan"})
-UNITS = set("cm mm km in ft yd mi kg mg lb lbs oz ml hr min sec deg mph no not for any".split())  # and other short words
+UNITS = set("cm mm km in ft yd mi kg mg lb lbs oz ml hr min sec deg mph no not for any".split())  # and short words
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi chi psi "
             "omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega".split())
 CHARACTERS = str.maketrans("−–×·⋅∙∗÷∕⁄º≈", "--*****///°=", "€£") | {ord("√"): " sqrt "}
@@ -295,7 +297,7 @@ def clean(text):
     text = re.sub(r"(?<![\d.^_])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s(\d+)/(\d+))", mixed, text)
     text = re.sub(r"\|([^|]+)\|", r"\\abs{\1}", re.sub(r"\|([^|]+)\|", r"\\abs{\1}", text))
     text = re.sub(r"\^\s*(?:°|\{\s*°\s*\})", "°", text)
-    text = re.sub(r'^\s*"\(?([A-Za-z])[).]*"\s*$', r"\1", text)  # a letter of multiple choice
+    text = re.sub(r'^[\s{]*"\(?([A-Za-z])[).]*"[\s}]*$', r"\1", text)  # a letter of multiple choice
     # Labels go: f(x) = …, x ∈ …, "Area" = …, "(C)" 12.
     return re.sub(r'^\s*(?:[A-Za-z]\s*\([a-z]\)\s*=|[A-Za-z]\s*∈|"[^"]*"\s*[=:]|"\([A-E]\)")', "", text).strip()
 
@@ -397,7 +399,7 @@ class Reader:
         while level == 1 and self.tokens[self.at].startswith('"'):  # a unit: cm^2, km/h, miles per hour
             self.at += 3 if self.tokens[self.at + 1] == "/" else 1
             if self.take("^"):
-                self.formula(5)
+                node = ("unit", node, self.formula(5))
         self.depth -= 1
         return node
 
@@ -446,7 +448,7 @@ class Reader:
 def number(token):
     digits, _, base = token.partition("_")
     mantissa, _, exponent = digits.lower().partition("e")
-    if len(exponent) > 5:
+    if len(exponent) > 4:
         raise ValueError("too large")
     places = len(mantissa.partition(".")[2])
     if places and not exponent:
@@ -470,15 +472,11 @@ def negative(node):
 
 
 def unordered(items):
-    if len(items) > MAX_ITEMS or any(operation(item) == "set" for item in items[1:]):
+    if len(items) == 1:
+        return items[0]
+    if len(items) > MAX_ITEMS or any(operation(item) == "set" for item in items):
         raise ValueError("too many items, or a set of sets")
-    return ("set", *items) if len(items) > 1 else items[0]
-
-
-def variables(node):
-    if isinstance(node, str):
-        return {node} - set(CONSTANTS)
-    return set().union(*map(variables, node[1:])) if isinstance(node, tuple) else set()
+    return ("set", *items)
 
 
 def statement(sides, signs):
@@ -489,7 +487,7 @@ def statement(sides, signs):
     if set(signs) == {"="}:
         if all(same(side, sides[-1]) for side in sides[names[0]:]):  # 37+48 = 85 says 85
             return ("=", sides[0], sides[-1]) if names[0] else sides[-1]
-        if len(sides) == 2 and variables(("=", *sides)):
+        if len(sides) == 2:
             return ("=", *sides)
     elif set(signs) <= set("<≤"):
         if len(sides) == 2:
@@ -497,14 +495,14 @@ def statement(sides, signs):
             names = [False, names[0] or names[1], False]
         if names == [False, True, False]:
             return ("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], sides[0], sides[2])
-    raise ValueError("a false equation, or an inequality that is no interval")
+    raise ValueError("a chain of different values, or an inequality that is no interval")
 
 
 @lru_cache(maxsize=4096)
 def read(text):
-    """The expression tree of an answer. What is no formula but has a word in it is ("text", words).
+    """The expression tree of an answer; words, and formulas beyond this reader, are ("text", …), equal to itself.
 
-    Raises InputError for what has no value: too long, deep or large, unbalanced, undefined as 1/0, or mere signs.
+    Raises InputError for what is too long or unbalanced, and for numbers that are undefined, as 1/0, or too large.
     """
     if len(text) > MAX_LENGTH:
         raise InputError(f"longer than {MAX_LENGTH} characters")
@@ -520,14 +518,15 @@ def read(text):
             return node
         raise ValueError("undefined")
     except (ValueError, ArithmeticError) as error:
-        word = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}", cleaned)
-        if word and all(cleaned.count(a) == cleaned.count(b) for a, b in ("()", "{}")):
+        letter = re.search("[A-Za-z]", re.sub(r"\\(?:frac|binom|sqrt|abs)", "", cleaned))
+        if letter and cleaned.count("{") == cleaned.count("}"):
             return ("text", as_words(cleaned))
         raise InputError(str(error)) from None
 
 
 def as_words(cleaned):
-    return re.sub(r"[\s\"{}]", "", cleaned).lower()
+    text = re.sub(r"[\s\"]", "", cleaned)
+    return text.strip("{}").lower() if re.fullmatch("[A-Za-z.,'{}-]*", text) else text
 
 
 # --- Judging: equality of meaning -------------------------------------------------------------------------------------
@@ -575,14 +574,18 @@ def same(a, b):
 
 
 def equal(a, b):
-    """Whether two formulas have the same value everywhere, with three licences of school mathematics.
+    """Whether two formulas have the same value everywhere, with the licences of school mathematics.
 
     They are compared exactly at two integer points if rational there, else in double precision at two complex points.
     - A decimal of six or more significant digits equals what differs from it by less than one unit of its last place:
       0.333333 = 1/3. An integer is never that near without being equal, nor another decimal with as many places.
     - p% equals p/100 and also, where p > 1, a bare p ("what percentage …?"). A bare p ≤ 1 is rather a fraction.
     - 52_8 equals a bare 52, and not its value 42: else a task of conversion would have its question for an answer.
+    Units are not compared, as the question sets them, but for their exponents if both sides have one.
     """
+    if operation(a) == operation(b) == "unit" and a[2] != b[2]:
+        return False
+    a, b = [node[1] if operation(node) == "unit" else node for node in (a, b)]
     for one, other in ((a, b), (b, a)):
         if operation(one) == "base":
             return one[1:] == other[1:] if operation(other) == "base" else equal(one[1], other)
@@ -672,7 +675,7 @@ OPERATIONS = FUNCTIONS | {
     "/": lambda x: 1 / x, "^": power, "%": lambda x: x / 100, "°": lambda x: x,
     "!": lambda x: Fraction(math.factorial(natural(x, 300))),
     r"\binom": lambda n, k: Fraction(math.comb(natural(n, 1000), natural(k, 1000))),
-    "decimal": lambda x, unit: x, "base": lambda digits, base: digits}
+    "decimal": lambda x, last: x, "base": lambda digits, base: digits, "unit": lambda x, exponent: x}
 
 
 # --- Advantages -------------------------------------------------------------------------------------------------------
