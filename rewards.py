@@ -182,7 +182,7 @@ NUMBER = re.compile(r"(?:(?<![\w)}])[-−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d
 
 
 def extract_answer(text):
-    """The answer that a completion states, as text, or None.
+    """The answer that a completion states in its last 10,000 characters, as text, or None.
 
     In this order: the last balanced \\boxed{…} or \\fbox{…}; the last `#### …`; the last "the answer is …" or
     "Answer: …"; the last formula or number of the last line. Where a text is ambiguous:
@@ -193,7 +193,7 @@ def extract_answer(text):
       `\\boxed{1` may have been on its way to 12.
     - An empty box is no box: prompts, and completions that repeat them, contain `\\boxed{}`.
     """
-    text = text[-10_000:]  # an answer stands at the end, and 100 kB of anything must cost nothing
+    text = text[-10_000:]  # 100 kB of anything must cost nothing
     box = last_box(text)
     if box is not None:
         return box or None

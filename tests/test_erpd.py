@@ -16,7 +16,7 @@ from rewards import InputError, chain_problems, group_advantages
 from rollout import Rollouts, collect, completion_log_softmax, load_policy, score
 
 TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
-SMALL = dict(model=TINY, problems=8, group=8, test_problems=8, test_samples=2, curve_samples=1, limit_samples=2, explore_epochs=2,
+SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, test_problems=8, test_samples=2, curve_samples=1, limit_samples=2, explore_epochs=2,
              unlearn_epochs=1, distill_epochs=1, explore_batch=32, distill_batch=32, operands=3)
 
 
