@@ -374,6 +374,7 @@ def test_fields_are_found_by_name(tmp_path, row, problem, reason):
 def test_local_files_split_and_sample(tmp_path):
     path = write(tmp_path / "p.jsonl", *({"question": f"q{n}", "answer": n, "other": -n} for n in range(200)))
     train, test, everything = (load_problems(path, split) for split in ("train", "test", "all"))
+    assert load_problems(path, "train", divide=False) == load_problems(path, "test", divide=False) == everything
     assert len(train) + len(test) == len(everything) == 200 and not set(train) & set(test) and test
     assert [problem.answer for problem in everything] == [str(n) for n in range(200)]  # in order
     sample = load_problems(path, "train", count=20, seed=1)
