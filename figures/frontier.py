@@ -132,7 +132,7 @@ def draw(rows: list[dict]) -> None:
     axes.set_ylim(0, 1.03)
     axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (log scale above 0.1)",
              ylabel="right completions of held-out problems",
-             title=f"The explorer drifts and collapses; its student is better, for a fraction of the KL ({seeds} seeds, 95 % intervals)")
+             title=f"The explorer drifts and collapses; its student is better, for less KL ({seeds} seeds, 95 % intervals)")
     axes.title.set_fontsize(10)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
