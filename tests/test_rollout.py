@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import kl
 from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
-from rollout import (Rollouts, bootstrap_interval, collect, completion_log_softmax, completion_texts, divergence,
+from rollout import (Rollouts, bootstrap_interval, collect, completion_figures, completion_texts, divergence,
                      encode_prompt, evaluate, in_batches, load_policy, pass_at_k, sample, save_policy, score, stop_ids)
 
 PROMPTS = [[5, 3, 14, 4, 9, 13, 7], [4], [6, 13, 8, 14]]  # ragged
@@ -20,9 +20,8 @@ NAMES = [f.name for f in fields(Rollouts)]
 
 
 def draw(model, prompts=PROMPTS, group=4, max_new_tokens=12, temperature=1.0, stop=(EOS, 8), pad_id=EOS, seed=0):
-    generator = torch.Generator(model.device).manual_seed(seed)
-    return sample(model, prompts, group, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop,
-                  pad_id=pad_id, generator=generator)
+    return sample(model, prompts, group, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, pad_id=pad_id,
+                  seed=seed)
 
 
 def rows_of(rollouts):
@@ -50,8 +49,7 @@ def unpadded_log_probs(model, rollouts, temperature=1.0):
 def loss_of(model, rollouts):
     """−mean log π over all completion tokens [], with gradients: what a training step would minimise."""
     batch = rollouts.to(model.device)
-    log_probs = kl.token_log_probs(completion_log_softmax(model, batch), batch.completions)
-    return -kl.masked_mean(log_probs, batch.mask)
+    return -kl.masked_mean(completion_figures(model, batch).log_prob, batch.mask)
 
 
 def gradients(model, *losses):
@@ -142,9 +140,9 @@ def test_padding_changes_no_log_prob(model, temperature):
     """Item 4: positions or attention shifted by left or right padding, which absolute positions and windows show."""
     rollouts = draw(model, temperature=temperature)
     wider = replace(rollouts, ids=F.pad(rollouts.ids, (0, 5), value=3), log_probs=F.pad(rollouts.log_probs, (0, 3)))
-    for batch, rows in ((rollouts, 64), (rollouts, 5), (wider, 64)):
+    for batch, tokens in ((rollouts, 10**6), (rollouts, 50), (wider, 10**6)):
         expected = unpadded_log_probs(model, batch, temperature)
-        torch.testing.assert_close(score(model, batch, temperature, rows), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(score(model, batch, temperature, tokens), expected, atol=1e-4, rtol=0)
 
 
 def test_score_is_zero_after_the_end_whatever_the_padding(make_bigram):
@@ -389,8 +387,8 @@ def test_divergence_is_the_naive_sum(make_model):
                 total += sum(math.exp(a) * (a - b) for a, b in zip(p, q))
                 entropy -= sum(math.exp(a) * a for a in p)
                 tokens += 1
-    for rows in (5, 128):
-        result = divergence(model, reference, rollouts, 0.7, rows)
+    for tokens_per_step in (50, 10**6):
+        result = divergence(model, reference, rollouts, 0.7, tokens_per_step)
         assert result["kl"] == pytest.approx(total / len(rollouts), rel=1e-4)
         assert result["kl_token"] == pytest.approx(total / tokens, rel=1e-4)
         assert result["entropy"] == pytest.approx(entropy / tokens, rel=1e-4)
