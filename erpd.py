@@ -23,13 +23,16 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import kl
 from rewards import InputError, Problem, group_advantages, load_problems
@@ -100,10 +103,13 @@ class Config:
 
     tokens_per_step: int = option(8192, "tokens, prompts and padding too, in one forward and backward pass; no gradient depends on it")
     sample_rows: int = option(1024, "completions sampled side by side")
+    checkpointing: int = option(0, "1: layers keep only their inputs and run again in the backward pass; less memory, more time")
+    precision: str = option("auto", "fp32; bf16, by autocast over fp32 weights, in sampling, scoring and training; auto: bf16 on CUDA")
 
     def __post_init__(self):
-        choices = {"method": METHODS, "signal": SIGNALS, "unlearn_loss": LOSSES, "advantage": ("std", "mean", "loo")}
-        may_be_zero = ("seed", "clip_low", "clip_high", "kl_coef", "kl_rate", "curve_samples", "limit_samples")
+        choices = {"method": METHODS, "signal": SIGNALS, "unlearn_loss": LOSSES, "advantage": ("std", "mean", "loo"),
+                   "precision": ("auto", "fp32", "bf16")}
+        may_be_zero = ("seed", "clip_low", "clip_high", "kl_coef", "kl_rate", "curve_samples", "limit_samples", "checkpointing")
         for f in fields(self):
             value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
             if f.name in choices and value not in choices[f.name]:
@@ -148,9 +154,9 @@ def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], o
 
     `targets` are further tensors, [B] or [B, T], that are cut into micro-batches with the rollouts.
     `objective(policy, part, targets, tokens, completions)` gives the loss of one micro-batch and a dict of figures to show,
-    from the policy's log-probs, entropy and, with a `reference`, exact KL to it, [b, T] each. `tokens` and `completions`
-    count the whole update: dividing by them makes the gradient independent of how it is cut into micro-batches, which are
-    of like lengths. `after_update()` and `after_epoch(epoch, model)` may return more figures. Raises Diverged.
+    from the `policy`'s log-probs, entropy and, with a `reference`, exact KL to it, [b, T] each. `tokens` and `completions`
+    count the whole update: dividing by them makes the gradient independent of how it is cut into micro-batches.
+    `after_update()` and `after_epoch(epoch, model)` may return more figures. Raises Diverged.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -184,9 +190,12 @@ def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], o
                 shown |= after_epoch(epoch, model) or {}
 
 
-def trainable(base, lr: float):
+def trainable(base, lr: float, checkpointing: bool = False):
     """(model, optimizer): a copy of a frozen policy to train; it stays in eval mode, so that dropout is off."""
     model = copy.deepcopy(base).requires_grad_(True)
+    for layer in model.modules() if checkpointing else ():  # transformers' own would need train mode
+        if isinstance(layer, GradientCheckpointingLayer) and "forward" not in vars(layer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
 
@@ -232,7 +241,7 @@ def explore(base, rollouts: Rollouts, config: Config, *, loss: str, epochs: int,
     Every ρ_t is taken against the stored behaviour log-probs, which are π_0's. `reverse` trains the unlearned policy.
     `after_epoch(epoch, model)` watches it drift. `resume` is a (model, optimizer) to go on with instead.
     """
-    model, optimizer = resume or trainable(base, config.explore_lr)
+    model, optimizer = resume or trainable(base, config.explore_lr, config.checkpointing)
     advantages = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
 
     def objective(policy, part, targets, tokens, completions):
@@ -290,7 +299,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: i
     KL_t is exact over the vocabulary. λ follows by dual ascent: it rises while the policy's estimated on-policy KL is above
     the budget and falls while it is below. The outcome Â is not mixed in: what the student gains is the teachers'.
     """
-    model, optimizer = trainable(base, config.distill_lr)
+    model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantages = normalised(signal, rollouts.mask, config.signal_bound)
     multiplier, coefficient, seen = config.kl_start, config.kl_start, []
 
@@ -336,7 +345,7 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, after_
 
     It sees every problem once, like a run of ERPD, so that both spend as many rollouts.
     """
-    model, optimizer = trainable(base, config.explore_lr)
+    model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
     per_step = max(1, config.explore_batch // config.group)
     for step, start in enumerate(tqdm(range(0, len(problems), per_step), desc="grpo", unit="step", leave=False), 1):
         rollouts = collect(model, tokenizer, problems[start:start + per_step], config.group,
@@ -404,35 +413,37 @@ def run(config: Config) -> list[dict]:
             return measure(name, model, config.curve_samples, **{unit: count}) if due else {}
         return after
 
-    try:
-        measure("base", base, max(config.test_samples, config.limit_samples))
-        if config.method == "grpo":
-            base = grpo(base, tokenizer, problems, config, after_step=watch("grpo", "step"))
-            measure("grpo", base)
-        for this_round in range(1, config.rounds + 1) if config.method != "grpo" else ():
-            fresh = problems[(this_round - 1) * config.problems:this_round * config.problems]
-            seed = config.seed * 1000 + this_round
-            rollouts = collect(base, tokenizer, fresh, config.group, seed=seed, desc="rollouts", **config.sampling)
-            rollouts.save(folder / f"rollouts-{this_round}.pt")
-            if not group_advantages(rollouts.rewards, rollouts.groups, "mean").any():
-                raise InputError(f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): "
-                                 "nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
-            if config.method == "erpd":
-                signal = teach(base, rollouts, config, seed, watch, measure)
-                torch.save(signal, folder / f"signal-{this_round}.pt")
-                student = distill(base, rollouts, signal, config, seed=seed, after_epoch=watch("student on its way"))
-                base, spent = within_budget(base, student, tokenizer, fresh, config, seed)
-                measure("ERPD student", base, kl_round=spent)
-            else:
-                base = explore(base, rollouts, config, loss=config.method, epochs=config.explore_epochs, seed=seed,
-                               desc=config.method, after_epoch=watch(config.method))
-                measure(config.method, base)
-    except Diverged as error:
-        save_policy(error.model, tokenizer, folder / "last_finite")
-        raise InputError(f"{error}; its last finite weights are in {folder / 'last_finite'}: lower the learning rate") from None
-    finally:
-        if rows:
-            draw_frontier(rows, folder / "frontier.png", config.kl_budget if config.method == "erpd" else None)
+    bf16 = config.precision == "bf16" or config.precision == "auto" and origin.device.type == "cuda"
+    with torch.autocast(origin.device.type, torch.bfloat16, bf16, cache_enabled=False):  # weights change between passes
+        try:
+            measure("base", base, max(config.test_samples, config.limit_samples))
+            if config.method == "grpo":
+                base = grpo(base, tokenizer, problems, config, after_step=watch("grpo", "step"))
+                measure("grpo", base)
+            for this_round in range(1, config.rounds + 1) if config.method != "grpo" else ():
+                fresh = problems[(this_round - 1) * config.problems:this_round * config.problems]
+                seed = config.seed * 1000 + this_round
+                rollouts = collect(base, tokenizer, fresh, config.group, seed=seed, desc="rollouts", **config.sampling)
+                rollouts.save(folder / f"rollouts-{this_round}.pt")
+                if not group_advantages(rollouts.rewards, rollouts.groups, "mean").any():
+                    raise InputError(f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): "
+                                     "nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
+                if config.method == "erpd":
+                    signal = teach(base, rollouts, config, seed, watch, measure)
+                    torch.save(signal, folder / f"signal-{this_round}.pt")
+                    student = distill(base, rollouts, signal, config, seed=seed, after_epoch=watch("student on its way"))
+                    base, spent = within_budget(base, student, tokenizer, fresh, config, seed)
+                    measure("ERPD student", base, kl_round=spent)
+                else:
+                    base = explore(base, rollouts, config, loss=config.method, epochs=config.explore_epochs, seed=seed,
+                                   desc=config.method, after_epoch=watch(config.method))
+                    measure(config.method, base)
+        except Diverged as error:
+            save_policy(error.model, tokenizer, folder / "last_finite")
+            raise InputError(f"{error}; its last finite weights are in {folder / 'last_finite'}: lower the learning rate") from None
+        finally:
+            if rows:
+                draw_frontier(rows, folder / "frontier.png", config.kl_budget if config.method == "erpd" else None)
     save_policy(base, tokenizer, folder / "policy")
     return rows
 

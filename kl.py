@@ -226,6 +226,37 @@ class _FromHidden(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 7
 
 
+# --------------------------------------------------------------------------------------------------------- sampling
+
+def uniform_noise(seed: int, problems: Tensor, samples: Tensor, steps: int) -> Tensor:
+    """Uniform numbers in [0, 1) [R, steps] that belong to each row's (problem, sample) pair: a hash of seed, pair and step.
+
+    The hash is splitmix64 (Steele, Lea & Flood 2014), in 64-bit integers that wrap round, alike on every device.
+    """
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << 64 - bits) - 1)  # a logical shift: >> copies the sign
+
+    def mixed(x: Tensor) -> Tensor:
+        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47
+        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15
+        return x ^ shifted(x, 31)
+
+    stream = mixed(mixed(mixed(torch.full_like(problems, seed)) + problems) + samples)
+    numbers = mixed(stream[:, None] + torch.arange(1, steps + 1, device=stream.device) * -0x61C8864680B583EB)
+    return shifted(numbers, 40).float() * 2.0 ** -24
+
+
+def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(token, its log-prob) [R] each, sampled from logits [R, V]: where the running sum of π passes `uniform` [R]."""
+    probs = (logits.float() / temperature).softmax(-1)
+    sums = probs.cumsum(-1)
+    total = sums[:, -1:]
+    # Strictly below the total, so that no rounding leads to a token of probability 0 behind the last possible one.
+    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(sums, threshold, right=True)
+    return token[:, 0], probs.gather(1, token)[:, 0].log()
+
+
 # --------------------------------------------------------------------------------------------------------- averages
 
 def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:

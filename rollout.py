@@ -206,7 +206,10 @@ def completion_states(model, rollouts: Rollouts) -> tuple[Tensor, kl.Head | None
     states = model(**inputs).logits if head is None else model.base_model(**inputs).last_hidden_state
     rows = torch.arange(len(states), device=states.device)[:, None]
     before = rows * states.shape[1] + rollouts.completion_positions - 1
-    return states.flatten(0, 1).index_select(0, before[rollouts.mask.bool()]), head
+    states = states.flatten(0, 1).index_select(0, before[rollouts.mask.bool()])
+    if torch.is_autocast_enabled(states.device.type):  # the output layer would be run in that type, and is in the sampler
+        states = states.to(torch.get_autocast_dtype(states.device.type))
+    return states, head
 
 
 def completion_figures(model, rollouts: Rollouts, temperature: float = 1.0, *, with_entropy: bool = False,
@@ -278,35 +281,6 @@ class ReservedLayer(DynamicLayer):
             states[moved, :, :self.filled] = states[rows[moved], :, :self.filled]
 
 
-def uniform_noise(seed: int, problems: Tensor, samples: Tensor, steps: int) -> Tensor:
-    """Uniform numbers in [0, 1) [R, steps] that belong to each row's (problem, sample) pair: a hash of seed, pair and step.
-
-    The hash is splitmix64 (Steele, Lea & Flood 2014), in 64-bit integers that wrap round, alike on every device.
-    """
-    def shifted(x: Tensor, bits: int) -> Tensor:
-        return (x >> bits) & ((1 << 64 - bits) - 1)  # a logical shift: >> copies the sign
-
-    def mixed(x: Tensor) -> Tensor:
-        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47
-        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15
-        return x ^ shifted(x, 31)
-
-    stream = mixed(mixed(mixed(torch.full_like(problems, seed)) + problems) + samples)
-    numbers = mixed(stream[:, None] + torch.arange(1, steps + 1, device=stream.device) * -0x61C8864680B583EB)
-    return shifted(numbers, 40).float() * 2.0 ** -24
-
-
-def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(token, its log-prob) [R] each: where the running sum of the probabilities [R, V] passes `uniform` [R]."""
-    probs = (logits.float() / temperature).softmax(-1)
-    sums = probs.cumsum(-1)
-    total = sums[:, -1:]
-    # Strictly below the total, so that no rounding leads to a token of probability 0 behind the last possible one.
-    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(sums, threshold, right=True)
-    return token[:, 0], probs.gather(1, token)[:, 0].log()
-
-
 @torch.no_grad()
 def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_tokens: int, temperature: float,
            stop: Sequence[int], pad_id: int, seed: int, problems: Tensor | None = None) -> Rollouts:
@@ -335,14 +309,14 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     logits, attention, position = output.logits[fan_out, -1], attention[fan_out], prompt_length.to(device)[fan_out]
 
     groups = torch.arange(len(prompts)) if problems is None else problems
-    noise = uniform_noise(seed, groups.to(device)[fan_out], torch.arange(total, device=device) % group, max_new_tokens)
+    noise = kl.uniform_noise(seed, groups.to(device)[fan_out], torch.arange(total, device=device) % group, max_new_tokens)
     tokens = torch.full((total, max_new_tokens), pad_id, device=device)
     log_probs = torch.zeros(total, max_new_tokens, device=device)
     length = torch.zeros(total, dtype=torch.long, device=device)
     stop = torch.tensor(stop, device=device)
     alive = torch.arange(total, device=device)  # the rows still in the batch
     for t in range(max_new_tokens):
-        chosen, log_prob = choose(logits, temperature, noise[alive, t])
+        chosen, log_prob = kl.choose(logits, temperature, noise[alive, t])
         tokens[alive, t], log_probs[alive, t] = chosen, log_prob
         length[alive] += 1
         ended = torch.isin(chosen, stop)
