@@ -90,7 +90,7 @@ def on_policy_kl(kl: Tensor, log_ratio: Tensor, mask: Tensor, max_weight: float 
 
 # ------------------------------------------------------------- the same from hidden states, without the logits [N, V]
 
-BLOCK = 2**22  # logits in memory at a time: 16 MB, near a CPU's caches, and enough work for one GPU kernel
+BLOCK = 2**22  # logits in memory at a time: 16 MB, near a CPU's caches, yet enough work for a GPU
 
 
 class Head(NamedTuple):
@@ -174,6 +174,7 @@ class _FromHidden(torch.autograd.Function):
             total = p.sum(1, keepdim=True)
             nowhere = p == 0 if reference or with_entropy else None  # 0·log 0 = 0
             log_sums.append(largest + total.log())
+            total.clamp_(min=1)  # as it is, but in a block without any probability
             if reference:
                 w = next(w_blocks)[1]
                 log_sums_w.append(w.logsumexp(1, keepdim=True))

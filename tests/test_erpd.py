@@ -124,6 +124,20 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
         assert close.float().mean() > 0.98
 
 
+def test_checkpointing_changes_no_update(stage):
+    """Layers that are not run again, or that are but with other inputs."""
+    base, tokenizer, problems, rollouts = stage
+    model, checkpointed = (erpd.explore(base, rollouts, Config(**SMALL, checkpointing=on), loss="mse", epochs=1) for on in (0, 1))
+    torch.testing.assert_close(weights(checkpointed), weights(model))
+    again, _ = erpd.trainable(checkpointed, 1e-4, True)  # a further round's
+    again_rollouts = [collect(m, tokenizer, problems, 2, max_new_tokens=20, seed=1) for m in (model, again)]
+    assert torch.equal(*(r.ids for r in again_rollouts))
+    with torch.no_grad():
+        next(checkpointed.parameters()).zero_()
+    assert torch.equal(weights(again), weights(erpd.trainable(again, 1e-4)[0]))
+    torch.testing.assert_close(score(again, rollouts), score(model, rollouts), atol=1e-4, rtol=0)
+
+
 def test_stages_leave_base_and_batch_as_they_were(stage):
     """Reference log-probs that follow the policy make every ratio 1 and every KL 0."""
     base, _, _, rollouts = stage
