@@ -23,23 +23,27 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import kl
 from rewards import InputError, Problem, group_advantages, load_problems
-from rollout import Rollouts, collect, completion_log_softmax, divergence, draw_frontier, evaluate, in_batches, load_policy, save_policy, score, table
+from rollout import (Rollouts, by_tokens, collect, completion_figures, divergence, draw_frontier, evaluate, in_batches,
+                     load_policy, save_policy, score, table)
 
 LOSSES = ("sapo", "ce", "mse", "nll", "clip")
 SIGNALS = ("teacher", "contrast", "unlearned")
 METHODS = ("erpd", "grpo", *LOSSES)
 SECTIONS = {"model": "policy, problems, run", "problems": "rollouts and evaluations", "loss": "stage 1: the explorer",
-            "signal": "stage 2: the signal and the distiller", "micro_batch": "memory"}  # each by its first field
+            "signal": "stage 2: the signal and the distiller", "tokens_per_step": "memory"}  # each by its first field
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -97,12 +101,15 @@ class Config:
     kl_start: float = option(1.0, "KL coefficient λ that the distiller starts with; the budget moves it")
     kl_rate: float = option(0.05, "rate of the dual ascent on log λ, per update")
 
-    micro_batch: int = option(128, "completions in one forward and backward pass; the gradient does not depend on it")
+    tokens_per_step: int = option(8192, "tokens, prompts and padding too, in one forward and backward pass; no gradient depends on it")
     sample_rows: int = option(1024, "completions sampled side by side")
+    checkpointing: int = option(0, "1: layers keep only their inputs and run again in the backward pass; less memory, more time")
+    precision: str = option("auto", "fp32; bf16, by autocast over fp32 weights, in sampling, scoring and training; auto: bf16 on CUDA")
 
     def __post_init__(self):
-        choices = {"method": METHODS, "signal": SIGNALS, "unlearn_loss": LOSSES, "advantage": ("std", "mean", "loo")}
-        may_be_zero = ("seed", "clip_low", "clip_high", "kl_coef", "kl_rate", "curve_samples", "limit_samples")
+        choices = {"method": METHODS, "signal": SIGNALS, "unlearn_loss": LOSSES, "advantage": ("std", "mean", "loo"),
+                   "precision": ("auto", "fp32", "bf16")}
+        may_be_zero = ("seed", "clip_low", "clip_high", "kl_coef", "kl_rate", "curve_samples", "limit_samples", "checkpointing")
         for f in fields(self):
             value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
             if f.name in choices and value not in choices[f.name]:
@@ -141,14 +148,15 @@ class Diverged(RuntimeError):
 
 
 def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], objective: Callable, *, epochs: int,
-             batch: int, config: Config, seed: int, desc: str, after_update: Callable | None = None,
+             batch: int, config: Config, seed: int, desc: str, reference=None, after_update: Callable | None = None,
              after_epoch: Callable | None = None) -> None:
     """Minimise `objective` on the stored batch, `epochs` passes in updates of `batch` completions; changes `model`.
 
     `targets` are further tensors, [B] or [B, T], that are cut into micro-batches with the rollouts.
-    `objective(log_pi [b, T, V], part, targets, tokens, completions)` gives the loss of one micro-batch and a dict of
-    figures to show. `tokens` and `completions` count the whole update: dividing by them makes the gradient independent of
-    the micro-batch size. `after_update()` and `after_epoch(epoch, model)` may return more figures. Raises Diverged.
+    `objective(policy, part, targets, tokens, completions)` gives the loss of one micro-batch and a dict of figures to show,
+    from the `policy`'s log-probs, entropy and, with a `reference`, exact KL to it, [b, T] each. `tokens` and `completions`
+    count the whole update: dividing by them makes the gradient independent of how it is cut into micro-batches.
+    `after_update()` and `after_epoch(epoch, model)` may return more figures. Raises Diverged.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -159,18 +167,19 @@ def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], o
             for index in in_batches(len(rollouts), batch, generator):
                 tokens, completions = int(rollouts.length[index].sum()), len(index)
                 loss_value, figures = 0.0, {}
-                for rows in index.split(config.micro_batch):
+                for chosen in by_tokens(rollouts.total_length[index], config.tokens_per_step):
+                    rows = index[chosen]
                     part = rollouts.select(rows).to(device)
                     cut = {name: (x[rows, :part.log_probs.shape[1]] if x.dim() == 2 else x[rows]).to(device)
                            for name, x in targets.items()}
-                    log_pi = completion_log_softmax(model, part, config.temperature)
-                    loss, parts = objective(log_pi, part, cut, tokens, completions)
+                    policy = completion_figures(model, part, config.temperature, with_entropy=True, reference=reference)
+                    loss, parts = objective(policy, part, cut, tokens, completions)
                     loss.backward()
-                    loss_value += loss.item()
-                    figures = {name: figures.get(name, 0.0) + value.item() for name, value in parts.items()}
+                    loss_value = loss_value + loss.detach()
+                    figures = {name: figures.get(name, 0.0) + value.detach() for name, value in parts.items()}
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 step += 1
-                if not (math.isfinite(loss_value) and math.isfinite(norm)):
+                if not torch.isfinite(loss_value + norm):
                     raise Diverged(desc, step, model)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -181,9 +190,12 @@ def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], o
                 shown |= after_epoch(epoch, model) or {}
 
 
-def trainable(base, lr: float):
+def trainable(base, lr: float, checkpointing: bool = False):
     """(model, optimizer): a copy of a frozen policy to train; it stays in eval mode, so that dropout is off."""
     model = copy.deepcopy(base).requires_grad_(True)
+    for layer in model.modules() if checkpointing else ():  # transformers' own would need train mode
+        if isinstance(layer, GradientCheckpointingLayer) and "forward" not in vars(layer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
 
@@ -229,23 +241,19 @@ def explore(base, rollouts: Rollouts, config: Config, *, loss: str, epochs: int,
     Every ρ_t is taken against the stored behaviour log-probs, which are π_0's. `reverse` trains the unlearned policy.
     `after_epoch(epoch, model)` watches it drift. `resume` is a (model, optimizer) to go on with instead.
     """
-    model, optimizer = resume or trainable(base, config.explore_lr)
+    model, optimizer = resume or trainable(base, config.explore_lr, config.checkpointing)
     advantages = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
 
-    def objective(log_pi, part, targets, tokens, completions):
-        log_prob = kl.token_log_probs(log_pi, part.completions)
-        value = explorer_loss(loss, log_prob, part, targets["advantage"], tokens, completions, config, reverse)
+    def objective(policy, part, targets, tokens, completions):
+        value = explorer_loss(loss, policy.log_prob, part, targets["advantage"], tokens, completions, config, reverse)
         if config.kl_coef:
-            with torch.no_grad():
-                log_reference = completion_log_softmax(base, part, config.temperature)
-            value = value + config.kl_coef * kl.masked_mean(kl.exact_kl(log_pi, log_reference), part.mask, tokens)
-        with torch.no_grad():
-            moved = kl.k3_off_policy(log_prob - part.log_probs)
-            return value, {"loss": value, "kl": (moved * part.mask).sum() / completions,
-                           "entropy": kl.masked_mean(kl.entropy(log_pi), part.mask, tokens)}
+            value = value + config.kl_coef * kl.masked_mean(policy.kl, part.mask, tokens)
+        moved = kl.k3_off_policy(policy.log_prob.detach() - part.log_probs)
+        return value, {"loss": value, "kl": (moved * part.mask).sum() / completions,
+                       "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
     optimise(model, optimizer, rollouts, {"advantage": advantages}, objective, epochs=epochs, batch=config.explore_batch,
-             config=config, seed=seed, desc=desc, after_epoch=after_epoch)
+             config=config, seed=seed, desc=desc, reference=base if config.kl_coef else None, after_epoch=after_epoch)
     return model
 
 
@@ -291,19 +299,16 @@ def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: i
     KL_t is exact over the vocabulary. λ follows by dual ascent: it rises while the policy's estimated on-policy KL is above
     the budget and falls while it is below. The outcome Â is not mixed in: what the student gains is the teachers'.
     """
-    model, optimizer = trainable(base, config.distill_lr)
+    model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantages = normalised(signal, rollouts.mask, config.signal_bound)
     multiplier, coefficient, seen = config.kl_start, config.kl_start, []
 
-    def objective(log_pi, part, targets, tokens, completions):
-        log_ratio = kl.token_log_probs(log_pi, part.completions) - part.log_probs
-        with torch.no_grad():
-            log_reference = completion_log_softmax(base, part, config.temperature)
+    def objective(policy, part, targets, tokens, completions):
+        log_ratio = policy.log_prob - part.log_probs
         surrogate = kl.clipped_surrogate(log_ratio.exp(), targets["advantage"], config.distill_clip, config.distill_clip)
-        kl_t = kl.exact_kl(log_pi, log_reference)
-        value = coefficient * kl.masked_mean(kl_t, part.mask, tokens) - kl.masked_mean(surrogate, part.mask, tokens)
-        seen.extend(zip(kl_t.detach(), log_ratio.detach(), part.mask))
-        return value, {"entropy": kl.masked_mean(kl.entropy(log_pi.detach()), part.mask, tokens)}
+        value = coefficient * kl.masked_mean(policy.kl, part.mask, tokens) - kl.masked_mean(surrogate, part.mask, tokens)
+        seen.extend(zip(policy.kl.detach(), log_ratio.detach(), part.mask))
+        return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
     def steer_coefficient():
         nonlocal multiplier, coefficient
@@ -313,7 +318,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: i
         return {"kl": spent, "lambda": coefficient}
 
     optimise(model, optimizer, rollouts, {"advantage": advantages}, objective, epochs=config.distill_epochs,
-             batch=config.distill_batch, config=config, seed=seed, desc=desc, after_update=steer_coefficient,
+             batch=config.distill_batch, config=config, seed=seed, desc=desc, reference=base, after_update=steer_coefficient,
              after_epoch=after_epoch)
     return model
 
@@ -327,7 +332,7 @@ def within_budget(base, student, tokenizer, problems: Sequence[Problem], config:
     def measure(alpha: float) -> float:
         policy = kl.interpolated(base, student, alpha)
         rollouts = collect(policy, tokenizer, problems[:128], 4, seed=seed, desc="spending check", **config.sampling)
-        return divergence(policy, base, rollouts, config.temperature, config.micro_batch)["kl"]
+        return divergence(policy, base, rollouts, config.temperature, config.tokens_per_step)["kl"]
 
     alpha, spent = kl.largest_step_within(measure, config.kl_budget)
     return kl.interpolated(base, student, alpha), spent
@@ -340,7 +345,7 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, after_
 
     It sees every problem once, like a run of ERPD, so that both spend as many rollouts.
     """
-    model, optimizer = trainable(base, config.explore_lr)
+    model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
     per_step = max(1, config.explore_batch // config.group)
     for step, start in enumerate(tqdm(range(0, len(problems), per_step), desc="grpo", unit="step", leave=False), 1):
         rollouts = collect(model, tokenizer, problems[start:start + per_step], config.group,
@@ -363,7 +368,7 @@ def teach(base, rollouts: Rollouts, config: Config, seed: int, watch: Callable, 
         model = explore(base, rollouts, config, loss=loss, epochs=epochs, reverse=reverse, seed=seed, desc=name,
                         after_epoch=watch(name))
         measure(name, model)
-        return score(model, rollouts, config.temperature, config.micro_batch, desc=f"{name} scores the batch")
+        return score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
 
     log_unlearned = None
     if config.signal != "teacher":
@@ -409,35 +414,37 @@ def run(config: Config) -> list[dict]:
             return measure(name, model, config.curve_samples, **{unit: count}) if due else {}
         return after
 
-    try:
-        measure("base", base, max(config.test_samples, config.limit_samples))
-        if config.method == "grpo":
-            base = grpo(base, tokenizer, problems, config, after_step=watch("grpo", "step"))
-            measure("grpo", base)
-        for this_round in range(1, config.rounds + 1) if config.method != "grpo" else ():
-            fresh = problems[(this_round - 1) * config.problems:this_round * config.problems]
-            seed = config.seed * 1000 + this_round
-            rollouts = collect(base, tokenizer, fresh, config.group, seed=seed, desc="rollouts", **config.sampling)
-            rollouts.save(folder / f"rollouts-{this_round}.pt")
-            if not group_advantages(rollouts.rewards, rollouts.groups, "mean").any():
-                raise InputError(f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): "
-                                 "nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
-            if config.method == "erpd":
-                signal = teach(base, rollouts, config, seed, watch, measure)
-                torch.save(signal, folder / f"signal-{this_round}.pt")
-                student = distill(base, rollouts, signal, config, seed=seed, after_epoch=watch("student on its way"))
-                base, spent = within_budget(base, student, tokenizer, fresh, config, seed)
-                measure("ERPD student", base, kl_round=spent)
-            else:
-                base = explore(base, rollouts, config, loss=config.method, epochs=config.explore_epochs, seed=seed,
-                               desc=config.method, after_epoch=watch(config.method))
-                measure(config.method, base)
-    except Diverged as error:
-        save_policy(error.model, tokenizer, folder / "last_finite")
-        raise InputError(f"{error}; its last finite weights are in {folder / 'last_finite'}: lower the learning rate") from None
-    finally:
-        if rows:
-            draw_frontier(rows, folder / "frontier.png", config.kl_budget if config.method == "erpd" else None)
+    bf16 = config.precision == "bf16" or config.precision == "auto" and origin.device.type == "cuda"
+    with torch.autocast(origin.device.type, torch.bfloat16, bf16, cache_enabled=False):  # weights change between passes
+        try:
+            measure("base", base, max(config.test_samples, config.limit_samples))
+            if config.method == "grpo":
+                base = grpo(base, tokenizer, problems, config, after_step=watch("grpo", "step"))
+                measure("grpo", base)
+            for this_round in range(1, config.rounds + 1) if config.method != "grpo" else ():
+                fresh = problems[(this_round - 1) * config.problems:this_round * config.problems]
+                seed = config.seed * 1000 + this_round
+                rollouts = collect(base, tokenizer, fresh, config.group, seed=seed, desc="rollouts", **config.sampling)
+                rollouts.save(folder / f"rollouts-{this_round}.pt")
+                if not group_advantages(rollouts.rewards, rollouts.groups, "mean").any():
+                    raise InputError(f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): "
+                                     "nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
+                if config.method == "erpd":
+                    signal = teach(base, rollouts, config, seed, watch, measure)
+                    torch.save(signal, folder / f"signal-{this_round}.pt")
+                    student = distill(base, rollouts, signal, config, seed=seed, after_epoch=watch("student on its way"))
+                    base, spent = within_budget(base, student, tokenizer, fresh, config, seed)
+                    measure("ERPD student", base, kl_round=spent)
+                else:
+                    base = explore(base, rollouts, config, loss=config.method, epochs=config.explore_epochs, seed=seed,
+                                   desc=config.method, after_epoch=watch(config.method))
+                    measure(config.method, base)
+        except Diverged as error:
+            save_policy(error.model, tokenizer, folder / "last_finite")
+            raise InputError(f"{error}; its last finite weights are in {folder / 'last_finite'}: lower the learning rate") from None
+        finally:
+            if rows:
+                draw_frontier(rows, folder / "frontier.png", config.kl_budget if config.method == "erpd" else None)
     save_policy(base, tokenizer, folder / "policy")
     return rows
 

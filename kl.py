@@ -5,11 +5,15 @@ on the tokens that the policy chose (its end-of-sequence token among them) and 0
 
 Directions, once and for all: `exact_kl(p, q)` is KL(p‖q) = Σ_v p(v)·log(p(v)/q(v)). A policy's distance from its
 reference is KL(π_θ‖π_0): the expectation is under the policy that moved.
+
+Log-probs, entropy and KL exist twice. On distributions [..., V] they are one line each, to be read. `token_figures` has the
+same numbers, and their gradients, from the hidden states [N, d] and the output embedding [V, d], and never holds [N, V].
 """
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +86,176 @@ def on_policy_kl(kl: Tensor, log_ratio: Tensor, mask: Tensor, max_weight: float 
     # A finished completion still counts in the normaliser: its KL at later positions is zero.
     weight = before.clamp(max=math.log(max_weight)).softmax(0)
     return (weight * kl * mask).sum()
+
+
+# ------------------------------------------------------------- the same from hidden states, without the logits [N, V]
+
+BLOCK = 2**22  # logits in memory at a time: 16 MB, near a CPU's caches, yet enough work for a GPU
+
+
+class Head(NamedTuple):
+    """A model's output layer: logits = cap·tanh(scale·h Wᵀ / cap), or scale·h Wᵀ where nothing caps them."""
+
+    weight: Tensor  # W [V, d], the output embedding
+    scale: float = 1.0
+    cap: float | None = None
+
+
+class TokenFigures(NamedTuple):
+    """What a policy says of its tokens, nats. Log-prob and KL carry gradients, the entropy does not."""
+
+    log_prob: Tensor  # log π(y|s)
+    entropy: Tensor | None  # of π(·|s)
+    kl: Tensor | None  # exact KL(π‖π_0) at s
+
+
+def token_figures(hidden: Tensor, head: Head | None, ids: Tensor, temperature: float = 1.0, *, with_entropy: bool = False,
+                  reference: tuple[Tensor, Head | None] | None = None, block: int = BLOCK) -> TokenFigures:
+    """log π(y|s) [N] of the tokens `ids` [N], from the hidden states [N, d] at s; on request the entropy [N], and the KL
+    [N] to a reference given by its (hidden states, head) at the same places. About `block` logits are in memory at a time.
+
+    A model whose output layer is no `Head` has its logits [N, V] for `hidden`, and None for `head` (its reference too).
+    """
+    if head is not None:
+        return TokenFigures(*_FromHidden.apply(hidden, head.weight, ids, head.scale, head.cap, temperature, with_entropy,
+                                               reference, block))
+    log_pi = log_softmax(hidden, temperature)
+    return TokenFigures(token_log_probs(log_pi, ids), entropy(log_pi.detach()) if with_entropy else None,
+                        exact_kl(log_pi, log_softmax(reference[0], temperature)) if reference else None)
+
+
+def logit_blocks(hidden: Tensor, head: Head, temperature: float, block: int) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, z [N, v]): logits over the temperature, fp32, one block of the vocabulary after the other in one buffer.
+
+    The product has the dtype of the hidden states, as in the model's own output layer; inside it sums in fp32.
+    """
+    weight, scale, cap = head
+    rows, width = len(hidden), max(1, min(len(weight), block // max(1, len(hidden))))
+    buffer = hidden.new_empty(rows * width)
+    for start in range(0, len(weight), width):
+        part = weight[start:start + width].to(hidden.dtype)
+        z = torch.mm(hidden, part.T, out=buffer[:rows * len(part)].view(rows, -1)).float()
+        if cap is not None:
+            z.mul_(scale / cap).tanh_().mul_(cap / temperature)
+        elif scale != temperature:
+            z.mul_(scale / temperature)
+        yield slice(start, start + len(part)), z
+
+
+def columns_of(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Where the tokens [N] stand in a block of the vocabulary, and whether they do: [N, 1] each."""
+    y = (ids - columns.start).unsqueeze(-1)
+    width = columns.stop - columns.start
+    return y.clamp(0, width - 1), (y >= 0) & (y < width)
+
+
+class _FromHidden(torch.autograd.Function):
+    """With z = logits/T and p = e^z/Σe^z of the policy, w and q of its reference:
+
+        log π(y) = z_y − log Σe^z                                             ∂/∂z = 1_y − p
+        KL       = Σ p·(log p − log q) = Σ p·(z − w) − log Σe^z + log Σe^w    ∂/∂z = p·(log p − log q − KL)
+        H        = log Σe^z − Σ p·z
+
+    Forward, each block b of the vocabulary gives its own log Σ_b e^z and its own mean under softmax_b(z); the whole is a
+    mixture of the blocks, with shares softmax_b(log Σ_b e^z). Backward, log Σe^z is known, so that each block of z, which is
+    computed a second time, turns into ∂z at once: each row of ∂W = ∂zᵀ h is written once, and ∂h = Σ_b ∂z W_b. That is a
+    fourth product where autograd does three; it costs less than [N, V] tensors going to memory and back.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, scale, cap, temperature, with_entropy, reference, block):
+        z_y, log_sums, log_sums_w, means_z, means_difference = 0.0, [], [], [], []
+        w_blocks = logit_blocks(*reference, temperature, block) if reference else None
+        for columns, z in logit_blocks(hidden, Head(weight, scale, cap), temperature, block):
+            y, inside = columns_of(ids, columns)
+            z_y = torch.where(inside, z.gather(1, y), z_y)
+            largest = z.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+            p = (z - largest).exp_()
+            total = p.sum(1, keepdim=True)
+            nowhere = p == 0 if reference or with_entropy else None  # 0·log 0 = 0
+            log_sums.append(largest + total.log())
+            total.clamp_(min=1)  # as it is, but in a block without any probability
+            if reference:
+                w = next(w_blocks)[1]
+                log_sums_w.append(w.logsumexp(1, keepdim=True))
+                difference = w.neg_().add_(z).masked_fill_(nowhere, 0.0)
+                means_difference.append(difference.mul_(p).sum(1, keepdim=True) / total)
+            if with_entropy:
+                means_z.append(z.masked_fill_(nowhere, 0.0).mul_(p).sum(1, keepdim=True) / total)
+        log_sums = torch.cat(log_sums, 1)
+        log_sum, shares = log_sums.logsumexp(1, keepdim=True), log_sums.softmax(1)
+        entropy = kl = log_sum_w = None
+        if with_entropy:
+            entropy = log_sum[:, 0] - (shares * torch.cat(means_z, 1)).sum(1)
+            ctx.mark_non_differentiable(entropy)
+        if reference:
+            log_sum_w = torch.cat(log_sums_w, 1).logsumexp(1, keepdim=True)
+            kl = (shares * torch.cat(means_difference, 1)).sum(1) - (log_sum - log_sum_w)[:, 0]
+        ctx.settings = scale, cap, temperature, block, reference
+        ctx.save_for_backward(hidden, weight, ids, log_sum, log_sum_w, kl)
+        return (z_y - log_sum)[:, 0], entropy, kl
+
+    @staticmethod
+    def backward(ctx, grad_log_prob, _, grad_kl):
+        hidden, weight, ids, log_sum, log_sum_w, kl = ctx.saved_tensors
+        scale, cap, temperature, block, reference = ctx.settings
+        grad_log_prob = (grad_log_prob * (scale / temperature)).unsqueeze(-1)
+        if reference:
+            grad_kl = (grad_kl * (scale / temperature)).unsqueeze(-1)
+            shift = log_sum_w - log_sum - kl.unsqueeze(-1)
+            w_blocks = logit_blocks(*reference, temperature, block)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        product = torch.empty_like(hidden)
+        grad_weight = torch.empty_like(weight, dtype=hidden.dtype) if ctx.needs_input_grad[1] else None
+        for columns, z in logit_blocks(hidden, Head(weight, scale, cap), temperature, block):
+            slope = None if cap is None else 1 - (z * (temperature / cap)).square_()  # of cap·tanh(·/cap)
+            if reference:
+                difference = next(w_blocks)[1].neg_().add_(z).add_(shift)  # log p − log q − KL
+                p = z.sub_(log_sum).exp_()
+                dz = difference.masked_fill_(p == 0, 0.0).mul_(grad_kl).sub_(grad_log_prob).mul_(p)
+            else:
+                dz = z.sub_(log_sum).exp_().mul_(-grad_log_prob)
+            y, inside = columns_of(ids, columns)
+            dz.scatter_add_(1, y, torch.where(inside, grad_log_prob, 0.0))
+            if slope is not None:
+                dz.mul_(slope)
+            dz = dz.to(hidden.dtype)
+            grad_hidden += torch.mm(dz, weight[columns].to(hidden.dtype), out=product)
+            if grad_weight is not None:
+                torch.mm(dz.T, hidden, out=grad_weight[columns])
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 7
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+def uniform_noise(seed: int, problems: Tensor, samples: Tensor, steps: int) -> Tensor:
+    """Uniform numbers in [0, 1) [R, steps] that belong to each row's (problem, sample) pair: a hash of seed, pair and step.
+
+    The hash is splitmix64 (Steele, Lea & Flood 2014), in 64-bit integers that wrap round, alike on every device.
+    """
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << 64 - bits) - 1)  # a logical shift: >> copies the sign
+
+    def mixed(x: Tensor) -> Tensor:
+        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47
+        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15
+        return x ^ shifted(x, 31)
+
+    stream = mixed(mixed(mixed(torch.full_like(problems, seed)) + problems) + samples)
+    numbers = mixed(stream[:, None] + torch.arange(1, steps + 1, device=stream.device) * -0x61C8864680B583EB)
+    return shifted(numbers, 40).float() * 2.0 ** -24
+
+
+def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(token, its log-prob) [R] each, sampled from logits [R, V]: where the running sum of π passes `uniform` [R]."""
+    probs = (logits.float() / temperature).softmax(-1)
+    sums = probs.cumsum(-1)
+    total = sums[:, -1:]
+    # Strictly below the total, so that no rounding leads to a token of probability 0 behind the last possible one.
+    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(sums, threshold, right=True)
+    return token[:, 0], probs.gather(1, token)[:, 0].log()
 
 
 # --------------------------------------------------------------------------------------------------------- averages

@@ -6,6 +6,7 @@ Models stay in eval mode everywhere, so dropout is off alike where tokens are sa
 
 import itertools
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from matplotlib.ticker import PercentFormatter
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import kl
 from rewards import InputError, Problem, reward
@@ -93,6 +95,11 @@ class Rollouts:
         return len(self.ids)
 
     @property
+    def total_length(self) -> Tensor:
+        """Tokens of prompt and completion [B]."""
+        return self.prompt_length + self.length
+
+    @property
     def mask(self) -> Tensor:
         """Completion mask [B, T]: 1 on every sampled token, the end-of-sequence token included."""
         return (torch.arange(self.log_probs.shape[1], device=self.length.device) < self.length[:, None]).float()
@@ -111,7 +118,7 @@ class Rollouts:
     def select(self, rows: Tensor) -> "Rollouts":
         """These rows, with the columns that none of them uses cut off."""
         part = Rollouts(*(getattr(self, f.name)[rows] for f in fields(self)))
-        width, longest = int((part.prompt_length + part.length).max()), int(part.length.max())
+        width, longest = int(part.total_length.max()), int(part.length.max())
         return replace(part, ids=part.ids[:, :width], log_probs=part.log_probs[:, :longest])
 
     def to(self, device) -> "Rollouts":
@@ -144,82 +151,185 @@ def in_batches(count: int, size: int, generator: torch.Generator | None = None) 
     yield from order.split(size)
 
 
+def by_tokens(lengths: Tensor, budget: int, padding: float = 0.1) -> list[Tensor]:
+    """Row indices in batches of like lengths, the longest first: each has at most `budget` tokens, padding included, but at
+    least one row, and less than `padding` of its tokens are padding.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    sizes, rows, width, tokens = [], 0, 0, 0
+    for length in lengths[order].tolist():
+        full = (rows + 1) * width
+        if full > budget or tokens + length <= (1 - padding) * full:
+            sizes.append(rows)
+            rows, tokens = 0, 0
+        rows, tokens, width = rows + 1, tokens + length, width if rows else length
+    return list(order.split([*sizes, rows]))
+
+
 # ------------------------------------------------------------------------------------------------------------- scoring
 
-def completion_log_softmax(model, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
-    """log π(·|s_t) [B, T, V] at every stored prefix, on the rollouts' device, with gradients where they are enabled.
-
-    Rows are padded on the right, where causal attention never looks from inside a completion: no attention mask is
-    needed. The distribution of a token is the output one position before it; outputs inside the prompts are not computed.
-    """
-    first = int(rollouts.prompt_length.min()) - 1
-    inputs = rollouts.ids[:, :-1]
-    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    logits = model(input_ids=inputs, position_ids=positions, use_cache=False,
-                   logits_to_keep=inputs.shape[1] - first).logits
-    where = rollouts.completion_positions - 1 - first
-    return kl.log_softmax(logits.gather(1, where.unsqueeze(-1).expand(-1, -1, logits.shape[-1])), temperature)
+SHAPES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model → (scale, cap) of its output layer, or None
 
 
 @torch.no_grad()
-def score(model, rollouts: Rollouts, temperature: float = 1.0, rows: int = 64, desc: str | None = None) -> Tensor:
-    """log π(y_t|s_t) [B, T] of the stored completions, 0 after their ends, on the CPU; `rows` completions at a time."""
+def output_head(model) -> kl.Head | None:
+    """A model's output layer as a `kl.Head`, or None where it is anything else.
+
+    transformers' models scale their logits, or cap them, by these fields of their configs. That is not taken on trust: the
+    logits of two tokens must be the model's own.
+    """
+    layer = model.get_output_embeddings()
+    if model not in SHAPES:
+        config = model.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere; Granite
+        SHAPES[model] = None
+        if isinstance(layer, torch.nn.Linear) and layer.bias is None:
+            ids = torch.tensor([[0, 1]], device=layer.weight.device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            ours = scale * layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+            ours = ours if cap is None else cap * (ours / cap).tanh()
+            tolerance = torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().max()
+            SHAPES[model] = (scale, cap) if (ours - logits).abs().max() <= tolerance else None
+    return None if SHAPES[model] is None else kl.Head(layer.weight, *SHAPES[model])
+
+
+def completion_states(model, rollouts: Rollouts) -> tuple[Tensor, kl.Head | None]:
+    """(hidden states [N, d] before each of the N completion tokens, output head); or their logits [N, V] and None.
+
+    Rows are padded on the right, where causal attention never looks from inside a completion: no attention mask is
+    needed. The distribution of a token is the output one position before it; no other position reaches the output layer.
+    """
+    head, inputs = output_head(model), rollouts.ids[:, :-1]
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    inputs = {"input_ids": inputs, "position_ids": positions, "use_cache": False}
+    states = model(**inputs).logits if head is None else model.base_model(**inputs).last_hidden_state
+    rows = torch.arange(len(states), device=states.device)[:, None]
+    before = rows * states.shape[1] + rollouts.completion_positions - 1
+    states = states.flatten(0, 1).index_select(0, before[rollouts.mask.bool()])
+    if torch.is_autocast_enabled(states.device.type):  # the output layer would be run in that type, and is in the sampler
+        states = states.to(torch.get_autocast_dtype(states.device.type))
+    return states, head
+
+
+def completion_figures(model, rollouts: Rollouts, temperature: float = 1.0, *, with_entropy: bool = False,
+                       reference=None) -> kl.TokenFigures:
+    """log π(y_t|s_t), on request the entropy and the exact KL to the model `reference`, at every stored prefix: [B, T], 0
+    after the end, on the rollouts' device, with gradients where they are enabled.
+    """
+    mask = rollouts.mask.bool()
+    with torch.no_grad():
+        reference = None if reference is None else completion_states(reference, rollouts)
+    states, head = completion_states(model, rollouts)
+    figures = kl.token_figures(states, head, rollouts.completions[mask], temperature, with_entropy=with_entropy,
+                               reference=reference)
+    return kl.TokenFigures(*(x if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in figures))
+
+
+@torch.no_grad()
+def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: int = 8192, desc: str | None = None) -> Tensor:
+    """log π(y_t|s_t) [B, T] of the stored completions, 0 after their ends, on the CPU; `tokens_per_step` tokens at a time."""
     device = next(model.parameters()).device
     scores = torch.zeros_like(rollouts.log_probs)
-    for index in tqdm(list(in_batches(len(rollouts), rows)), desc=desc, disable=desc is None, leave=False):
-        batch = rollouts.select(index).to(device)
-        log_probs = kl.token_log_probs(completion_log_softmax(model, batch, temperature), batch.completions)
-        scores[index, :log_probs.shape[1]] = torch.where(batch.mask.bool(), log_probs, 0.0).cpu()
+    for rows in tqdm(by_tokens(rollouts.total_length, tokens_per_step), desc=desc, disable=desc is None, leave=False):
+        log_probs = completion_figures(model, rollouts.select(rows).to(device), temperature).log_prob
+        scores[rows, :log_probs.shape[1]] = log_probs.cpu()
     return scores
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
+class ReservedLayer(DynamicLayer):
+    """One layer's keys and values of a group, with room for every token still to come: nothing is copied as they grow.
+
+    It takes the place of transformers' dynamic layers, which build new tensors for every token, with or without a window.
+    """
+
+    def __init__(self, prompt: DynamicLayer, fan_out: Tensor, new_tokens: int):
+        super().__init__()
+        self.is_initialized, self.is_sliding = True, prompt.is_sliding
+        self.sliding_window = getattr(prompt, "sliding_window", None)
+        self.seen, self.filled = prompt.get_seq_length(), prompt.keys.shape[-2]
+        for name in ("keys", "values"):
+            states = getattr(prompt, name)
+            room = states.new_empty(len(fan_out), states.shape[1], self.filled + new_tokens, states.shape[3])
+            torch.index_select(states, 0, fan_out, out=room[:, :, :self.filled])
+            setattr(self, name, room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start, end = self.filled - self.visible(), self.filled + key_states.shape[-2]
+        rows = len(key_states)
+        self.keys[:rows, :, self.filled:end] = key_states
+        self.values[:rows, :, self.filled:end] = value_states
+        self.seen, self.filled = self.seen + key_states.shape[-2], end
+        return self.keys[:rows, :, start:end], self.values[:rows, :, start:end]
+
+    def visible(self) -> int:
+        """How many of the earlier tokens the next one attends to."""
+        return self.filled if self.sliding_window is None else min(self.filled, self.sliding_window - 1)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.visible() + query_length, self.seen - self.visible()
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Only rows that change their places are copied."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for states in (self.keys, self.values):
+            states[moved, :, :self.filled] = states[rows[moved], :, :self.filled]
+
+
 @torch.no_grad()
 def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_tokens: int, temperature: float,
-           stop: Sequence[int], pad_id: int, generator: torch.Generator) -> Rollouts:
+           stop: Sequence[int], pad_id: int, seed: int, problems: Tensor | None = None) -> Rollouts:
     """`group` completions of every prompt (a list of ids): P·group rows, a prompt's side by side; rewards are NaN.
 
-    A prompt is run once and its key–value cache fanned out over its group; rows that have ended leave the batch. Prompts
-    are padded on the left, so that all sequences end in the same column. The behaviour log-probs come from the very
-    logits that were sampled. `generator` lives on the model's device.
+    A prompt is run once and its key–value cache fanned out over its group. Prompts are padded on the left, so that all
+    sequences end in the same column. When rows end, the last rows of the batch move into their places. The behaviour
+    log-probs come from the very logits that were sampled. The noise belongs to (problem, sample), by default the prompt's
+    index: the same seed gives the same text in any batch, up to rounding.
     """
     device = next(model.parameters()).device
     prompt_length = torch.tensor([len(p) for p in prompts])
-    width = int(prompt_length.max())
+    width, total = int(prompt_length.max()), len(prompts) * group
     left_padded = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    attention = torch.arange(width, device=device) >= (width - prompt_length.to(device))[:, None]
+    attention = torch.arange(width + max_new_tokens, device=device) >= (width - prompt_length.to(device))[:, None]
+    position = torch.arange(width, device=device) - (width - prompt_length.to(device))[:, None]
 
-    cache = DynamicCache(config=model.config)
-    logits = model(input_ids=left_padded, attention_mask=attention.long(), past_key_values=cache, use_cache=True,
-                   position_ids=(attention.cumsum(-1) - 1).clamp(min=0), logits_to_keep=1).logits[:, -1]
+    output = model(input_ids=left_padded, attention_mask=attention[:, :width].long(), use_cache=True,
+                   position_ids=position.clamp(min=0), logits_to_keep=1)
     fan_out = torch.arange(len(prompts), device=device).repeat_interleave(group)
-    cache.reorder_cache(fan_out)
-    logits, attention = logits[fan_out], attention[fan_out]
-    position = attention.sum(-1)
+    cache = output.past_key_values
+    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])):
+        cache.layers = [ReservedLayer(layer, fan_out, max_new_tokens) for layer in cache.layers]
+    else:
+        cache.reorder_cache(fan_out)  # a cache of the model's own kind
+    logits, attention, position = output.logits[fan_out, -1], attention[fan_out], prompt_length.to(device)[fan_out]
 
-    total = len(fan_out)
+    groups = torch.arange(len(prompts)) if problems is None else problems
+    noise = kl.uniform_noise(seed, groups.to(device)[fan_out], torch.arange(total, device=device) % group, max_new_tokens)
     tokens = torch.full((total, max_new_tokens), pad_id, device=device)
     log_probs = torch.zeros(total, max_new_tokens, device=device)
     length = torch.zeros(total, dtype=torch.long, device=device)
     stop = torch.tensor(stop, device=device)
     alive = torch.arange(total, device=device)  # the rows still in the batch
     for t in range(max_new_tokens):
-        log_pi = kl.log_softmax(logits, temperature)
-        chosen = torch.multinomial(log_pi.exp(), 1, generator=generator)
-        tokens[alive, t] = chosen[:, 0]
-        log_probs[alive, t] = log_pi.gather(1, chosen)[:, 0]
+        chosen, log_prob = kl.choose(logits, temperature, noise[alive, t])
+        tokens[alive, t], log_probs[alive, t] = chosen, log_prob
         length[alive] += 1
-        going = (~torch.isin(chosen[:, 0], stop)).nonzero()[:, 0]
+        ended = torch.isin(chosen, stop)
+        going = (~ended).nonzero()[:, 0]
         if len(going) == 0 or t == max_new_tokens - 1:
             break
         if len(going) < len(alive):
-            alive, chosen, attention, position = alive[going], chosen[going], attention[going], position[going]
-            cache.reorder_cache(going)
-        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
-        logits = model(input_ids=chosen, attention_mask=attention.long(), past_key_values=cache, use_cache=True,
-                       position_ids=position[:, None], logits_to_keep=1).logits[:, -1]
-        position = position + 1
+            rows = torch.arange(len(going), device=device)
+            rows[ended[:len(rows)]] = going[going >= len(rows)]
+            alive, chosen, attention, position = alive[rows], chosen[rows], attention[rows], position[rows]
+            cache.reorder_cache(rows)
+        logits = model(input_ids=chosen[:, None], attention_mask=attention[:, :width + t + 1].long(), past_key_values=cache,
+                       use_cache=True, position_ids=position[:, None] + t, logits_to_keep=1).logits[:, -1]
 
     longest = int(length.max())
     tokens, log_probs, length = tokens[:, :longest].cpu(), log_probs[:, :longest].cpu(), length.cpu()
@@ -227,8 +337,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     ids = torch.full((total, int((prompt_length + length).max())), pad_id)
     for row, prompt in enumerate(prompts):
         ids[row * group:(row + 1) * group, :len(prompt)] = torch.tensor(prompt)
-    rollouts = Rollouts(ids, prompt_length, length, log_probs, torch.full((total,), math.nan),
-                        torch.arange(len(prompts)).repeat_interleave(group))
+    rollouts = Rollouts(ids, prompt_length, length, log_probs, torch.full((total,), math.nan), groups.repeat_interleave(group))
     row, step = rollouts.mask.nonzero(as_tuple=True)
     rollouts.ids[row, prompt_length[row] + step] = tokens[row, step]
     return rollouts
@@ -248,7 +357,6 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
                          f"{max_new_tokens} that is more than the model's context of {context}: shorten one of them")
     stop = stop_ids(model, tokenizer)
     pad_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
 
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little left padding in a batch
     parts, right, done = [], 0.0, 0
@@ -257,8 +365,7 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
         for start in range(0, len(prompts), per_batch):
             chosen = by_length[start:start + per_batch]
             part = sample(model, [prompts[i] for i in chosen], group, max_new_tokens=max_new_tokens,
-                          temperature=temperature, stop=stop, pad_id=pad_id, generator=generator)
-            part.groups = torch.tensor(chosen)[part.groups]
+                          temperature=temperature, stop=stop, pad_id=pad_id, seed=seed, problems=torch.tensor(chosen))
             part.rewards = torch.tensor([reward(text, problems[g].answer) for text, g in
                                          zip(completion_texts(tokenizer, part), part.groups.tolist())])
             parts.append(part)
@@ -297,17 +404,16 @@ def bootstrap_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tupl
 
 
 @torch.no_grad()
-def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0, rows: int = 128) -> dict[str, float]:
+def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: int = 8192) -> dict[str, float]:
     """Exact KL(π‖π_0) and entropy at the prefixes of `rollouts`, which `model` must have sampled: nats a completion, a token."""
     device = next(model.parameters()).device
-    kl_sum = entropy_sum = 0.0
-    for index in tqdm(list(in_batches(len(rollouts), rows)), desc="exact KL", leave=False):
-        batch = rollouts.select(index).to(device)
-        log_p = completion_log_softmax(model, batch, temperature)
-        entropy_sum += (kl.entropy(log_p) * batch.mask).sum().item()
-        if reference is not model:
-            log_q = completion_log_softmax(reference, batch, temperature)
-            kl_sum += (kl.exact_kl(log_p, log_q) * batch.mask).sum().item()
+    kl_sum = entropy_sum = torch.zeros((), dtype=torch.float64, device=device)
+    other = None if reference is model else reference
+    for rows in tqdm(by_tokens(rollouts.total_length, tokens_per_step), desc="exact KL", leave=False):
+        figures = completion_figures(model, rollouts.select(rows).to(device), temperature, with_entropy=True, reference=other)
+        entropy_sum = entropy_sum + figures.entropy.sum()
+        kl_sum = kl_sum if other is None else kl_sum + figures.kl.sum()
+    kl_sum, entropy_sum = kl_sum.item(), entropy_sum.item()
     tokens = rollouts.length.sum().item()
     return {"kl": kl_sum / len(rollouts), "kl_token": kl_sum / tokens, "entropy": entropy_sum / tokens}
 

@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
-from transformers import Gemma2Config, GPT2Config, PreTrainedTokenizerFast, Qwen3Config
-from transformers import Gemma2ForCausalLM, GPT2LMHeadModel, Qwen3ForCausalLM
+from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PhiConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (CohereForCausalLM, Gemma2ForCausalLM, GPT2LMHeadModel, GraniteForCausalLM, PhiForCausalLM,
+                          Qwen3ForCausalLM)
 
 # "a" and "b" merge to "ab" in text, but a policy may as well choose "a" and then "b".
 WORDS = ["<eos>", "<user>", "<model>", *"0123456789", "+", "=", "a", "b", "ab"]
@@ -43,6 +44,12 @@ def make_model(device):
         elif name == "gemma2":  # logits capped at ±3, a window of 6 tokens in every other layer
             settings = {"final_logit_softcapping": 3.0, "sliding_window": 6, **settings}
             model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **LAYERS, **settings))
+        else:  # scaled logits; a bias in the output layer
+            kinds = {"cohere": (CohereForCausalLM, CohereConfig), "granite": (GraniteForCausalLM, GraniteConfig),
+                     "phi": (PhiForCausalLM, PhiConfig)}
+            kind, config = kinds[name]
+            layers = {k: v for k, v in LAYERS.items() if k != "head_dim"}
+            model = kind(config(**SIZES, **layers, **settings))
         return model.to(device).eval()
     return make
 

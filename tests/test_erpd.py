@@ -13,7 +13,7 @@ import erpd
 import kl
 from erpd import Config, Diverged
 from rewards import InputError, chain_problems, group_advantages
-from rollout import Rollouts, collect, completion_log_softmax, load_policy, score
+from rollout import Rollouts, collect, completion_figures, load_policy, score
 
 TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
 SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, test_problems=8, test_samples=2, curve_samples=1, limit_samples=2, explore_epochs=2,
@@ -86,7 +86,7 @@ def test_first_gradient_is_the_policy_gradient(stage, loss):
     rollouts = rollouts.to(next(base.parameters()).device)
     advantage = group_advantages(rollouts.rewards, rollouts.groups)
     model, _ = erpd.trainable(base, 1e-4)
-    log_prob = kl.token_log_probs(completion_log_softmax(model, rollouts), rollouts.completions)
+    log_prob = completion_figures(model, rollouts).log_prob
     tokens = int(rollouts.length.sum())
     erpd.explorer_loss(loss, log_prob, rollouts, advantage, tokens, len(rollouts), Config()).backward()
     ours = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -110,8 +110,8 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
     """Averages of averages: a loss normalised in each micro-batch weighs short completions more."""
     base, _, _, rollouts = stage
     ends = []
-    for micro_batch in (5, 64):
-        config = Config(**SMALL, micro_batch=micro_batch, kl_coef=0.1)
+    for tokens_per_step in (1, 300, 10**6):
+        config = Config(**SMALL, tokens_per_step=tokens_per_step, kl_coef=0.1)
         if what == "distill":
             signal = torch.sin(torch.arange(rollouts.mask.numel())).view_as(rollouts.mask)
             model = erpd.distill(base, rollouts, signal, config)
@@ -119,8 +119,23 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
             model = erpd.explore(base, rollouts, config, loss=what, epochs=1)
         ends.append(weights(model) - weights(base))
     # Adam divides by the gradient's size, so an update of 1e-4 a weight is compared; rounding may turn a sign near zero.
-    close = (ends[0] - ends[1]).abs() < 1e-5
-    assert close.float().mean() > 0.98
+    for other in ends[1:]:
+        close = (ends[0] - other).abs() < 1e-5
+        assert close.float().mean() > 0.98
+
+
+def test_checkpointing_changes_no_update(stage):
+    """Layers that are not run again, or that are but with other inputs."""
+    base, tokenizer, problems, rollouts = stage
+    model, checkpointed = (erpd.explore(base, rollouts, Config(**SMALL, checkpointing=on), loss="mse", epochs=1) for on in (0, 1))
+    torch.testing.assert_close(weights(checkpointed), weights(model))
+    again, _ = erpd.trainable(checkpointed, 1e-4, True)  # a further round's
+    again_rollouts = [collect(m, tokenizer, problems, 2, max_new_tokens=20, seed=1) for m in (model, again)]
+    assert torch.equal(*(r.ids for r in again_rollouts))
+    with torch.no_grad():
+        next(checkpointed.parameters()).zero_()
+    assert torch.equal(weights(again), weights(erpd.trainable(again, 1e-4)[0]))
+    torch.testing.assert_close(score(again, rollouts), score(model, rollouts), atol=1e-4, rtol=0)
 
 
 def test_stages_leave_base_and_batch_as_they_were(stage):

@@ -193,6 +193,111 @@ def test_entropy():
     torch.testing.assert_close(kl.entropy(log_probs), Categorical(logits=log_probs).entropy())
 
 
+# ------------------------------------------------------------------------- from hidden states, without all the logits
+
+SHAPES = {"plain": kl.Head(None), "scaled": kl.Head(None, scale=0.4), "capped": kl.Head(None, scale=1.5, cap=2.0)}
+
+
+def naive_figures(hidden, head, ids, temperature, reference):
+    """The same as kl.token_figures, by autograd, from all the logits at once."""
+    def log_pi(hidden, head):
+        z = head.scale * hidden @ head.weight.T
+        return kl.log_softmax(z if head.cap is None else head.cap * (z / head.cap).tanh(), temperature)
+    log_p, log_q = log_pi(hidden, head), log_pi(*reference)
+    return kl.token_log_probs(log_p, ids), kl.entropy(log_p), kl.exact_kl(log_p, log_q)
+
+
+def assert_relative(ours, theirs, relative=1e-5):
+    """Equal to 1e-5 of the tensor's own size: single entries may be near zero."""
+    assert (ours - theirs).norm() <= relative * theirs.norm(), ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("block", [1, 300, 1000, 10**9])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_token_figures_are_the_naive_ones(temperature, shape, block):
+    """Item 12: blocks that miss or double a token's column, a cap or temperature without its slope, sums out of scale."""
+    torch.manual_seed(0)
+    n, d, size = 37, 16, 211
+    hidden, weight = (3 * torch.randn(n, d)).requires_grad_(), torch.randn(size, d, requires_grad=True)
+    ids = torch.cat([torch.tensor([0, size - 1]), torch.randint(size, (n - 2,))])
+    head = SHAPES[shape]._replace(weight=weight)
+    reference = torch.randn(n, d), SHAPES[shape]._replace(weight=torch.randn(size, d))
+    theirs = naive_figures(hidden, head, ids, temperature, reference)
+    ours = kl.token_figures(hidden, head, ids, temperature, with_entropy=True, reference=reference, block=block)
+    for mine, other in zip(ours, theirs):
+        assert_relative(mine, other)
+    assert not ours.entropy.requires_grad
+    alone = kl.token_figures(hidden, head, ids, temperature, block=block)
+    assert alone.entropy is None and alone.kl is None
+    mask, a, b = (torch.rand(n) < 0.7).float(), torch.randn(n), torch.randn(n)  # some tokens have no gradient
+    for loss, other in ((mask * (a * ours.log_prob + b * ours.kl), mask * (a * theirs[0] + b * theirs[2])),
+                        (mask * a * alone.log_prob, mask * a * theirs[0]), (mask * b * ours.kl, mask * b * theirs[2])):
+        mine = torch.autograd.grad(loss.sum(), (hidden, weight), retain_graph=True)
+        for x, y in zip(mine, torch.autograd.grad(other.sum(), (hidden, weight), retain_graph=True)):
+            assert_relative(x, y)
+
+
+def test_token_figures_where_tokens_have_no_probability():
+    """Item 12: 0·log 0 = NaN in the running sums. Tokens barred in policy and reference alike count nothing."""
+    hidden = torch.ones(2, 1, requires_grad=True)
+    logits = torch.tensor([0.5, 0.25, 0.25, 0.0]).log().clamp(min=torch.finfo(torch.float32).min)
+    weight, other = logits[:, None].clone(), torch.tensor([[0.0], [0.0], [0.0], [-math.inf]])
+    weight[3] = -math.inf
+    for block in (2, 100):
+        figures = kl.token_figures(hidden, kl.Head(weight), torch.tensor([0, 1]), with_entropy=True, block=block,
+                                   reference=(hidden.detach(), kl.Head(other)))
+        torch.testing.assert_close(figures.log_prob.exp(), torch.tensor([0.5, 0.25]))
+        torch.testing.assert_close(figures.entropy, torch.full((2,), 1.5 * math.log(2)))
+        torch.testing.assert_close(figures.kl, torch.full((2,), math.log(3) - 1.5 * math.log(2)))
+
+
+def test_token_figures_in_bf16():
+    """Item 13: sums over a vocabulary in bf16. The logits are rounded, as the model's own are; nothing after them is."""
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(64, 32).bfloat16(), torch.randn(5000, 32).bfloat16(), torch.randint(5000, (64,))
+    figures = kl.token_figures(hidden, kl.Head(weight), ids, 0.7, with_entropy=True)
+    log_pi = kl.log_softmax(hidden @ weight.T, 0.7)
+    assert figures.log_prob.dtype == torch.float32
+    torch.testing.assert_close(figures.log_prob, kl.token_log_probs(log_pi, ids), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(figures.entropy, kl.entropy(log_pi), atol=1e-4, rtol=1e-5)
+
+
+def test_token_figures_from_logits():
+    """Item 12: a model whose output layer is none that is known gives its logits instead, with the same results."""
+    hidden, weight, ids = torch.randn(9, 4), torch.randn(7, 4), torch.randint(7, (9,))
+    other = torch.randn(9, 4)
+    ours = kl.token_figures(hidden @ weight.T, None, ids, 0.7, with_entropy=True, reference=(other @ weight.T, None))
+    head = kl.Head(weight)
+    for x, y in zip(ours, kl.token_figures(hidden, head, ids, 0.7, with_entropy=True, reference=(other, head))):
+        torch.testing.assert_close(x, y)
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+def test_uniform_noise_is_uniform_and_belongs_to_its_pair():
+    """Mistake: a hash with repeats or a drift, or numbers that depend on the rows around them."""
+    problems, samples = torch.arange(200).repeat_interleave(16), torch.arange(16).repeat(200)
+    noise = kl.uniform_noise(3, problems, samples, 64)
+    assert noise.min() >= 0 and noise.max() < 1 and len(noise.unique()) > 0.98 * noise.numel()
+    counts = (noise * 100).long().flatten().bincount(minlength=100)
+    assert ((counts - 2048).square() / 2048).sum() < 99 + 5 * math.sqrt(2 * 99)
+    for one, other in ((noise[:, :-1], noise[:, 1:]), (noise[:-1], noise[1:]), (noise[:-16], noise[16:]),
+                       (noise, kl.uniform_noise(4, problems, samples, 64))):  # steps, samples, problems, seeds
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].abs() < 0.01
+    rows = torch.randperm(3200)[:7]
+    assert torch.equal(kl.uniform_noise(3, problems[rows], samples[rows], 5), noise[rows, :5])
+
+
+def test_choose_at_the_edges():
+    """Mistake: a token of probability 0 at either end, or an index beyond the last. Its log-prob is the softmax's."""
+    logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf, -math.inf]]).repeat(4, 1)
+    uniform = torch.tensor([0.0, 0.1, 0.9, 1 - 2.0 ** -24])
+    token, log_prob = kl.choose(logits, 0.5, uniform)
+    assert token.tolist() == [1, 1, 2, 2]
+    torch.testing.assert_close(log_prob, (logits / 0.5).log_softmax(-1).gather(1, token[:, None])[:, 0])
+
+
 # ------------------------------------------------------------------------------------------------------- masked mean
 
 def test_masked_mean_of_nothing():
