@@ -130,6 +130,7 @@ def draw(rows: list[dict]) -> None:
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlim(left=-0.004)
     axes.set_ylim(0, 1.03)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (log scale above 0.1)",
              ylabel="right completions of held-out problems",
              title=f"The explorer drifts and collapses; its student is better, for less KL ({seeds} seeds, 95 % intervals)")
