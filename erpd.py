@@ -59,7 +59,7 @@ class Config:
 
     model: str = option("tutorial/tiny_base", "checkpoint folder or hub name of the base policy", "Qwen/Qwen3-4B-Thinking-2507")
     data: str = option("chain", "chain (built in), gsm8k, math500, aime24, aime25, polaris, a hub id, a .jsonl or .parquet file", "polaris")
-    test_data: str = option("", "problems of the evaluations (default: the test split of --data)")
+    test_data: str = option("", "held-out problems, if other than the test split of --data (a part of it, where it has one split)")
     question_field: str = option("", "field of the data set that holds the question (default: found by name)")
     answer_field: str = option("", "field of the data set that holds the answer (default: found by name)")
     operands: int = option(4, "numbers in a built-in chain problem")
@@ -386,9 +386,10 @@ def run(config: Config) -> list[dict]:
     folder = Path("runs") / config.run
     if folder.exists():
         raise InputError(f"{folder} exists: give the run another name with --run, or remove that folder")
-    named = {"question_field": config.question_field or None, "answer_field": config.answer_field or None}
-    problems = load_problems(config.data, "train", config.problems * config.rounds, config.seed, config.operands, **named)
-    held_out = load_problems(config.test_data or config.data, "test", config.test_problems, config.seed, config.operands, **named)
+    sources = {"seed": config.seed, "operands": config.operands, "question_field": config.question_field or None,
+               "answer_field": config.answer_field or None, "divide": config.test_data in ("", config.data)}
+    problems = load_problems(config.data, "train", config.problems * config.rounds, **sources)
+    held_out = load_problems(config.test_data or config.data, "test", config.test_problems, **sources)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     origin, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
     origin.requires_grad_(False)

@@ -73,7 +73,7 @@ def chain_problems(count, split, operands=4, seed=0):
     return list(problems.values())
 
 
-def load_problems(source, split, count=None, seed=0, operands=4, question_field=None, answer_field=None):
+def load_problems(source, split, count=None, seed=0, operands=4, question_field=None, answer_field=None, divide=True):
     """Problems of `split` ("train", "test", or "all" of a data set): a list of Problem.
 
     source: "chain"; a short name (SHORT_NAMES); a .jsonl or .parquet file; or a hub id, "owner/name[:config]".
@@ -82,7 +82,7 @@ def load_problems(source, split, count=None, seed=0, operands=4, question_field=
     question_field, answer_field: found by name if not given (SVAMP's Body and Question are joined).
 
     A file, or a data set published in one split (math500, aime24, aime25, polaris), is divided by chain_split of the
-    question's text, so that train and test never overlap; "all" is the whole.
+    question's text, so that train and test never overlap; "all" is the whole, and so is either split without `divide`.
     Raises InputError for what is unknown, missing, broken or too few, and for a gold answer that cannot be read.
     """
     if source == "chain":
@@ -95,7 +95,7 @@ def load_problems(source, split, count=None, seed=0, operands=4, question_field=
     problems = {}
     for n, row in enumerate(rows, start=1):
         problem = row_problem(row, f"{source}, problem {n}", question_field, answer_field)
-        if divided or split in ("all", chain_split(problem.question)):
+        if divided or not divide or split in ("all", chain_split(problem.question)):
             problems[n] = problem
     if not problems or count is not None and not 1 <= count <= len(problems):
         raise InputError(f"cannot take {'any' if count is None else count} problems: "

@@ -465,14 +465,17 @@ def draw_frontier(rows: Sequence[dict], path: str | Path, budget: float | None =
         x, y, (low, high) = [r["kl"] for r in way], [r["accuracy"] for r in way], way[-1]["accuracy_interval"]
         axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
         axes.errorbar(x[-1], y[-1], [[max(0.0, y[-1] - low)], [max(0.0, high - y[-1])]], color=colour, marker=marker,
-                      markersize=10, capsize=3)
+                      markersize=8, capsize=3)
     if rows[0]["samples"] >= 64:
         accuracy, least = kl.least_kl(torch.tensor(rows[0]["pass_rates"]))
         axes.plot(least, accuracy, color="black", linewidth=1, linestyle="--", label="the limit: least KL of any policy")
     if budget is not None:
         axes.axvline(budget, color="grey", linewidth=1, linestyle=":", label=f"KL budget, {budget:g} nats")
     axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion", ylabel="right completions",
-             title="Accuracy against the KL spent for it", xscale="symlog", xlim=0)
+             title="Accuracy against the KL spent for it")
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xlim(-0.004, 1.3 * max(0.2, *(row["kl"] for row in rows)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

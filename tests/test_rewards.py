@@ -61,41 +61,63 @@ def test_extract_answer(text, answer, reason):
 # --- Judging ----------------------------------------------------------------------------------------------------------
 
 RIGHT = [
-    ("42", "42.0", "a whole decimal"), ("025", "25", "leading zeros, as AIME writes"), ("+7", "7", "a sign that says nothing"),
+    ("42", "42.0", "a whole decimal"), ("025", "25", "leading zeros, as AIME writes"),
+    ("+7", "7", "a sign that says nothing"),
     ("−7", "-7", "Unicode minus"), ("٣", "3", "Unicode digits"), ("７", "7", "full-width digits"),
-    ("1,234", "1234", "thousands"), (r"10,\!080", "10080", "thousands in LaTeX"), ("2{,}125", "2125", "thousands in braces"),
-    (r"\$32,\!348", "32348", "currency"), ("$18.90", "18.9", "currency and a trailing zero"), ("€5", "5", "another currency"),
-    ("0.5", r"\frac{1}{2}", "decimal and fraction"), (r"\frac12", "1/2", "LaTeX takes one digit"), (r"\frac9{19}", "9/19", "mixed braces"),
+    ("1,234", "1234", "thousands"), (r"10,\!080", "10080", "thousands in LaTeX"),
+    ("2{,}125", "2125", "thousands in braces"),
+    (r"\$32,\!348", "32348", "currency"), ("$18.90", "18.9", "currency and a trailing zero"),
+    ("€5", "5", "another currency"),
+    ("0.5", r"\frac{1}{2}", "decimal and fraction"), (r"\frac12", "1/2", "LaTeX takes one digit"),
+    (r"\frac9{19}", "9/19", "mixed braces"),
     (r"\dfrac{3}{4}", r"\tfrac{6}{8}", "reduced or not"), (r"-\frac{1}{2}", r"\frac{-1}{2}", "where the sign stands"),
-    ("1 4/5", "9/5", "a mixed number"), (r"137 \frac{1}{2}", "137.5", "a mixed number in LaTeX"), ("½", "0.5", "a Unicode fraction"),
+    ("1 4/5", "9/5", "a mixed number"), (r"137 \frac{1}{2}", "137.5", "a mixed number in LaTeX"),
+    ("½", "0.5", "a Unicode fraction"),
     ("0.333333", "1/3", "six digits of a decimal"), ("1.41421", r"\sqrt2", "six digits of a root"),
-    (".0000672", r"6.72 \times 10^{-5}", "scientific notation"), ("6.72e-5", "0.0000672", "scientific notation of programs"),
-    ("20%", "20", "a percentage asked for"), (r"20\%", "0.2", "a percentage is a fraction"), ("20 percent", "1/5", "in words"),
-    (r"90^\circ", "90", "degrees"), ("90°", r"90^{\circ}", "Unicode degrees"), (r"\sin 30^\circ", "1/2", "degrees in a sine"),
+    (".0000672", r"6.72 \times 10^{-5}", "scientific notation"),
+    ("6.72e-5", "0.0000672", "scientific notation of programs"),
+    ("20%", "20", "a percentage asked for"), (r"20\%", "0.2", "a percentage is a fraction"),
+    ("20 percent", "1/5", "in words"),
+    (r"90^\circ", "90", "degrees"), ("90°", r"90^{\circ}", "Unicode degrees"),
+    (r"\sin 30^\circ", "1/2", "degrees in a sine"),
     (r"15\mbox{ cm}^2", "15", "a unit with an exponent"), ("5 km/h", r"5\text{ km/h}", "a quotient of units"),
     ("20 miles per hour", "20", "a unit in words"), (r"5.4~\text{ cents}", "5.4", "a unit in LaTeX"),
-    (r"11\sqrt2", r"\sqrt{242}", "a root drawn out"), (r"\sqrt[3]{-8}", "-2", "a real odd root"), ("2√3", r"\sqrt{12}", "Unicode root"),
-    (r"\frac{\sqrt{3}}{3}", r"1/\sqrt{3}", "a rationalised denominator"), ("sqrt(13)*3", r"3\sqrt{13}", "a root in plain text"),
+    (r"11\sqrt2", r"\sqrt{242}", "a root drawn out"), (r"\sqrt[3]{-8}", "-2", "a real odd root"),
+    ("2√3", r"\sqrt{12}", "Unicode root"),
+    (r"\frac{\sqrt{3}}{3}", r"1/\sqrt{3}", "a rationalised denominator"),
+    ("sqrt(13)*3", r"3\sqrt{13}", "a root in plain text"),
     ("2^{10}", "1024", "a power"), ("2**10", "2^10", "a power as programs write it"), ("x²", "x^2", "Unicode exponent"),
-    ("2π", r"2\pi", "Unicode pi"), ("2*pi", r"2\pi", "pi in words"), ("5!", "120", "a factorial"), (r"\binom{5}{2}", "10", "a binomial"),
-    ("6+9i", "9i+6", "a complex number"), (r"e^{i\pi}", "-1", "Euler"), (r"\log_2 8", "3", "a logarithm"), (r"\ln e^2", "2", "a natural one"),
+    ("2π", r"2\pi", "Unicode pi"), ("2*pi", r"2\pi", "pi in words"), ("5!", "120", "a factorial"),
+    (r"\binom{5}{2}", "10", "a binomial"),
+    ("6+9i", "9i+6", "a complex number"), (r"e^{i\pi}", "-1", "Euler"), (r"\log_2 8", "3", "a logarithm"),
+    (r"\ln e^2", "2", "a natural one"),
     (r"\sin^2 x + \cos^2 x", "1", "an identity"), (r"\cot x", r"\frac{\cos x}{\sin x}", "a quotient of functions"),
     ("(3,4]", r"\left( 3, 4 \right]", "an interval"), ("x>2", r"(2,\infty)", "an inequality is an interval"),
-    (r"x \in [-2,7]", r"-2 \le x \le 7", "so is a double one"), (r"(0,9) \cup (9,36)", r"(9,36)\cup(0,9)", "a union in any order"),
+    (r"x \in [-2,7]", r"-2 \le x \le 7", "so is a double one"),
+    (r"(0,9) \cup (9,36)", r"(9,36)\cup(0,9)", "a union in any order"),
     ("3,5,7", "7, 5, and 3", "a list in any order"), (r"\{1,2\}", "{2, 1}", "a set in any order"),
-    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", "plus or minus"), (r"x = \pm 5", "x = 5 or x = -5", "plus or minus, named"),
+    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", "plus or minus"),
+    (r"x = \pm 5", "x = 5 or x = -5", "plus or minus, named"),
     (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5", "plus or minus in a set"),
-    ("x=5", "5", "a name is optional"), ("f(x) = 2x+1", "2x+1", "also a function's"), (r"\text{Area} = 5", "5", "also in words"),
+    ("x=5", "5", "a name is optional"), ("f(x) = 2x+1", "2x+1", "also a function's"),
+    (r"\text{Area} = 5", "5", "also in words"),
     ("37+48 = 85", "85", "a true sum says its value"), ("2x = 10", "x = 5", "multiples of an equation"),
-    ("y = 2x+3", "2x - y + 3 = 0", "a line in two forms"), ("5x - 7y + 11z + 4 = 0", "-10x+14y = 22z+8", "a plane in two forms"),
+    ("y = 2x+3", "2x - y + 3 = 0", "a line in two forms"),
+    ("5x - 7y + 11z + 4 = 0", "-10x+14y = 22z+8", "a plane in two forms"),
     (r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}", r"\begin{bmatrix}-\frac13\\2\\\end{bmatrix}", "a matrix"),
-    (r"\langle 1, 2 \rangle", "⟨1,2⟩", "a vector"), ("(x-1)(x+1)", "x^2-1", "a polynomial"), ("(1-x)^{20}", "(x-1)^20", "a high power"),
-    ("2k+2", "2(k+1)", "factored"), (r"\frac{11+9a}{20}", "0.55+0.45a", "decimal coefficients"), ("|x-1|", "|1-x|", "absolute value"),
-    ("(C)", "C", "a choice"), (r"\text{(C)}", "C", "a choice in LaTeX"), (r"\textbf{(C)}\ 12", "12", "the value behind a choice"),
-    (r"\text{even}", "even", "a word"), ("Navin", r"\text{navin}", "a name in any case"), ("No solution", "no solution.", "words"),
-    (r"\text{below}", "below", "a word in alphabetical order is still that word"), ("52", "52_8", "the base may go unsaid"),
+    (r"\langle 1, 2 \rangle", "⟨1,2⟩", "a vector"), ("(x-1)(x+1)", "x^2-1", "a polynomial"),
+    ("(1-x)^{20}", "(x-1)^20", "a high power"),
+    ("2k+2", "2(k+1)", "factored"), (r"\frac{11+9a}{20}", "0.55+0.45a", "decimal coefficients"),
+    ("|x-1|", "|1-x|", "absolute value"),
+    ("(C)", "C", "a choice"), (r"\text{(C)}", "C", "a choice in LaTeX"),
+    (r"\textbf{(C)}\ 12", "12", "the value behind a choice"),
+    (r"\text{even}", "even", "a word"), ("Navin", r"\text{navin}", "a name in any case"),
+    ("No solution", "no solution.", "words"),
+    (r"\text{below}", "below", "a word in alphabetical order is still that word"),
+    ("52", "52_8", "the base may go unsaid"),
     ("4210_5", "4210_{5}", "a base in braces"), (r"\boxed{7}", "7", "a box left on"), ("**7**", "7", "bold left on"),
-    ("2^{2024}", "4^{1012}", "a large power, exactly"), ("x_1+x_2", "x_{2}+x_{1}", "subscripts"), ("3:4", "3/4", "a ratio"),
+    ("2^{2024}", "4^{1012}", "a large power, exactly"), ("x_1+x_2", "x_{2}+x_{1}", "subscripts"),
+    ("3:4", "3/4", "a ratio"),
 ]
 
 
@@ -106,23 +128,36 @@ def test_equal_in_meaning(a, b, reason):
 
 
 WRONG = [
-    ("204", "205", "integers are exact"), ("204.00001", "204", "no tolerance swallows an integer"), ("7", "-7", "a sign"),
-    ("1234567.5", "1234566.5", "no relative tolerance"), ("0.33", "1/3", "two digits are no third"), ("0.666665", "2/3", "a wrong last digit"),
-    ("3/56", "56/3", "upside down"), ("1,234", "1.234", "comma and point"), ("0.5%", "0.5", "half a percent is no half"),
-    (r"3\sqrt{13}", r"3\sqrt{14}", "a digit under the root"), ("123456789012x", "123456789013x", "coefficients are exact"),
+    ("204", "205", "integers are exact"), ("204.00001", "204", "no tolerance swallows an integer"),
+    ("7", "-7", "a sign"),
+    ("1234567.5", "1234566.5", "no relative tolerance"), ("0.33", "1/3", "two digits are no third"),
+    ("0.666665", "2/3", "a wrong last digit"),
+    ("3/56", "56/3", "upside down"), ("1,234", "1.234", "comma and point"),
+    ("0.5%", "0.5", "half a percent is no half"),
+    (r"3\sqrt{13}", r"3\sqrt{14}", "a digit under the root"),
+    ("123456789012x", "123456789013x", "coefficients are exact"),
     ("(2,4)", "[2,4]", "open and closed ends"), ("(3,4]", "(3,4)", "one end"), ("(2,4)", "(4,2)", "order in a point"),
-    (r"(-\infty, 3)", r"(\infty, 3)", "the sign of infinity"), (r"(-\infty, 2)", r"(-\infty, 3)", "the finite end beside an infinite"),
+    (r"(-\infty, 3)", r"(\infty, 3)", "the sign of infinity"),
+    (r"(-\infty, 2)", r"(-\infty, 3)", "the finite end beside an infinite"),
     ("(100,200)", "(100200)", "a point is no number with thousands"), ("1,2", "(1,2)", "a list is no point"),
-    ("3,5,7", "3,5,8", "one element"), ("1,2", "1", "one of two solutions"), ("1,1,2", "1,2,2", "how often"), ("1,2,3", "2", "a shotgun list"),
+    ("3,5,7", "3,5,8", "one element"), ("1,2", "1", "one of two solutions"), ("1,1,2", "1,2,2", "how often"),
+    ("1,2,3", "2", "a shotgun list"),
     (r"5\text{ or 7}", "5", "a guess hidden in a unit"), ("5 or 7", "5", "two guesses"),
     ("52_8", "42", "the value of the digits is the question of a conversion task"), ("52_8", "52_9", "another base"),
-    ("x=5", "y=5", "another name"), ("2x=10", "2x=12", "another equation"), ("7 = 8", "8", "a false equation"), ("|x|", "x", "absolute value"),
-    (r"15\text{ cm}^3", r"15\mbox{ cm}^2", "an area is no volume"), ("x+1", "x-1", "a sign in a formula"), ("2R", "2r", "case of a variable"), ("xyz", "xy", "a factor"), ("6-5i", "6+5i", "the conjugate"),
+    ("x=5", "y=5", "another name"), ("2x=10", "2x=12", "another equation"), ("7 = 8", "8", "a false equation"),
+    ("|x|", "x", "absolute value"),
+    (r"15\text{ cm}^3", r"15\mbox{ cm}^2", "an area is no volume"), ("x+1", "x-1", "a sign in a formula"),
+    (r"\sqrt{123456789}", r"\sqrt{123456790}", "a digit that moves the value by 4e-9"),
+    ("2R", "2r", "case of a variable"), ("xyz", "xy", "a factor"), ("6-5i", "6+5i", "the conjugate"),
     ("east", "seat", "words are not products"), ("C", "D", "another choice"), (r"\text{even}", "odd", "another word"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}", "a column is no row"), ("x>2", r"x \ge 2", "strict or not"),
-    (r"\log 2", r"\ln 2", "the base of a logarithm"), (r"\sin x", r"\cos x", "another function"), (r"1\frac{4}{5}", "4/5", "the whole part"),
-    ("", "7", "nothing"), (None, "7", "no answer"), ("???", "7", "signs"), ("1/0", "1/0", "undefined"), ("9**9**9", "1", "too large"),
-    ("__import__('os').system('true')", "0", "text is never executed"), (r"\frac{1}{", "1", "unbalanced"), ("(1", "1", "unclosed"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}", "a column is no row"),
+    ("x>2", r"x \ge 2", "strict or not"),
+    (r"\log 2", r"\ln 2", "the base of a logarithm"), (r"\sin x", r"\cos x", "another function"),
+    (r"1\frac{4}{5}", "4/5", "the whole part"),
+    ("", "7", "nothing"), (None, "7", "no answer"), ("???", "7", "signs"), ("1/0", "1/0", "undefined"),
+    ("9**9**9", "1", "too large"),
+    ("__import__('os').system('true')", "0", "text is never executed"), (r"\frac{1}{", "1", "unbalanced"),
+    ("(1", "1", "unclosed"),
 ]
 
 
@@ -139,15 +174,23 @@ def test_reward_is_one_or_zero():
 # --- Cost and safety --------------------------------------------------------------------------------------------------
 
 BOMBS = [
-    ("9**9**9", "a tower"), ("10^{10^{10}}", "a tower in LaTeX"), ("1e99999", "an exponent"), ("4000!" * 90, "factorials"),
-    (r"\binom{999}{499}+" * 25 + "1", "binomials"), ("9^{600}*" * 60 + "1", "a product of powers"), ("1/9^{99}+" * 50 + "1", "a sum of fractions"),
+    ("9**9**9", "a tower"), ("10^{10^{10}}", "a tower in LaTeX"), ("1e99999", "an exponent"),
+    ("4000!" * 90, "factorials"),
+    (r"\binom{999}{499}+" * 25 + "1", "binomials"), ("9^{600}*" * 60 + "1", "a product of powers"),
+    ("1/9^{99}+" * 50 + "1", "a sum of fractions"),
     (r"\frac" * 10_000, "fractions nested 10,000 deep"), (r"\frac{" * 80 + "1", "fractions nested within the length"),
-    ("(" * 400, "brackets"), ("[(" * 200, "two kinds of brackets"), ("2^" * 240 + "2", "exponents"), (r"\sin" * 120 + "x", "functions"),
-    ("-" * 480 + "5", "signs"), ("|" * 400, "bars"), ("$" * 9_000, "dollars"), (r"\(" * 5_000, "opened formulas"), ("5!" + "!" * 300, "factorials of factorials"),
-    ("1" * 100_000, "100 kB of digits"), ("{" * 100_000, "100 kB of braces"), (r"\boxed{" * 14_000, "100 kB of unclosed boxes"),
-    ("answer is " * 10_000, "100 kB of statements"), ("#### " * 20_000, "100 kB of marks"), ("5," * 50_000, "100 kB of list"),
-    ("1," * 249 + "1", "a list"), (",".join(map(str, range(32))), "the longest set"), ("x/y/" * 120 + "z", "a long quotient"),
-    ("(x+1)^{300}*" * 35 + "1", "a product of polynomials"), ("x=1," * 31 + "y=2", "a list of equations"), ("1=" * 200 + "1", "a chain of equations"),
+    ("(" * 400, "brackets"), ("[(" * 200, "two kinds of brackets"), ("2^" * 240 + "2", "exponents"),
+    (r"\sin" * 120 + "x", "functions"),
+    ("-" * 480 + "5", "signs"), ("|" * 400, "bars"), ("$" * 9_000, "dollars"), (r"\(" * 5_000, "opened formulas"),
+    ("5!" + "!" * 300, "factorials of factorials"),
+    ("1" * 100_000, "100 kB of digits"), ("{" * 100_000, "100 kB of braces"),
+    (r"\boxed{" * 14_000, "100 kB of unclosed boxes"),
+    ("answer is " * 10_000, "100 kB of statements"), ("#### " * 20_000, "100 kB of marks"),
+    ("5," * 50_000, "100 kB of list"),
+    ("1," * 249 + "1", "a list"), (",".join(map(str, range(32))), "the longest set"),
+    ("x/y/" * 120 + "z", "a long quotient"),
+    ("(x+1)^{300}*" * 35 + "1", "a product of polynomials"), ("x=1," * 31 + "y=2", "a list of equations"),
+    ("1=" * 200 + "1", "a chain of equations"),
     ("\x00\x1b[2J\u202e", "control characters"), ("1+" * 249 + "1", "a sum"), ('"' * 400, "quotes"),
 ]
 
@@ -166,6 +209,25 @@ def verdict_seconds(text):
 @pytest.mark.parametrize("text, reason", BOMBS, ids=[row[1] for row in BOMBS])
 def test_cost_is_bounded(text, reason):
     assert min(verdict_seconds(text) for _ in range(3)) < 0.03  # two readings and two verdicts, with room for slow machines
+
+
+LIMITS = [
+    ("1" * 500, "1" * 501, "characters"), ("2^{2000}", "2^{3000}", "size of a power"), ("300!", "301!", "factorials"),
+    (r"\binom{1000}{2}", r"\binom{1001}{2}", "binomials"), (",".join("1" * 32), ",".join("1" * 33), "items of a set"),
+    ("(" * 23 + "1" + ")" * 23, "(" * 24 + "1" + ")" * 24, "nesting"),
+    ("9^{300}*9^{300}", "9^{400}*9^{400}", "size of a product"),
+]
+
+
+@pytest.mark.parametrize("within, beyond, reason", LIMITS, ids=[row[2] for row in LIMITS])
+def test_limits(within, beyond, reason):
+    """What keeps the cost bounded, where a test of time would only notice on a slow machine."""
+    assert is_correct(within, within) and not is_correct(beyond, beyond)
+
+
+def test_only_the_end_of_a_completion_is_read():
+    assert extract_answer(r"\boxed{7}" + " so" * 3_000) == "7"
+    assert extract_answer(r"\boxed{7}" + " so" * 4_000) is None
 
 
 def test_works_in_a_thread_with_a_small_stack():
@@ -223,6 +285,9 @@ def test_fuzz():
 # --- Advantages -------------------------------------------------------------------------------------------------------
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
 def by_hand(rewards_, groups, kind):
     """The definition, one group after the other."""
     out = torch.empty_like(rewards_)
@@ -235,7 +300,7 @@ def by_hand(rewards_, groups, kind):
     return out
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("kind", ["std", "mean", "loo"])
 def test_advantages_equal_their_definition_whatever_the_order(kind, device):
     r = torch.rand(60, generator=torch.Generator().manual_seed(0)).to(device)
@@ -282,7 +347,7 @@ def test_chain_problems_are_fixed_distinct_and_apart():
         assert sum(map(int, terms)) == int(problem.answer)
     assert {chain_split(problem.question) for problem in train} == {"train"}
     assert chain_problems(1, "test") == [Problem("49+46+79+15=", "189")]  # a hash that changed would mix old and new splits
-    assert {chain_split(f"{n}=") for n in range(40)} == {"train", "test"}
+    assert sum(chain_split(f"{n}=") == "test" for n in range(1000)) == 273
 
 
 def write(path, *rows):
@@ -309,6 +374,7 @@ def test_fields_are_found_by_name(tmp_path, row, problem, reason):
 def test_local_files_split_and_sample(tmp_path):
     path = write(tmp_path / "p.jsonl", *({"question": f"q{n}", "answer": n, "other": -n} for n in range(200)))
     train, test, everything = (load_problems(path, split) for split in ("train", "test", "all"))
+    assert load_problems(path, "train", divide=False) == load_problems(path, "test", divide=False) == everything
     assert len(train) + len(test) == len(everything) == 200 and not set(train) & set(test) and test
     assert [problem.answer for problem in everything] == [str(n) for n in range(200)]  # in order
     sample = load_problems(path, "train", count=20, seed=1)

@@ -1,6 +1,6 @@
 """Makes tutorial/tiny_base: the small policy that every example starts from.
 
-    python tutorial/pretrain.py            # about ten minutes on two CPU cores, seconds a minute on a GPU
+    python tutorial/pretrain.py            # about ten minutes on two CPU cores
 
 A Qwen3 of 0.15 M parameters reads characters and learns to add chains of two-digit numbers step by step:
 
@@ -57,10 +57,10 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def training_batch(tokenizer, size: int, operands: int, slip: float, guess: float, seed: int):
-    """ids and labels [size, T]; labels are −100 on prompts and padding. One fifth each of the shorter chains' share."""
+    """ids and labels [size, T]; labels are −100 on prompts and padding. Half are of full length."""
     rng = random.Random(seed)
     rows = []
-    for length in range(2, operands + 1):  # half of the batch is of full length, the rest is shared out
+    for length in range(2, operands + 1):
         share = size // 2 if length == operands else size // 2 // max(1, operands - 2)
         for problem in chain_problems(share, "train", operands=length, seed=rng.randrange(2**31)):
             prompt = tokenizer.encode(problem.question)
