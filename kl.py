@@ -124,13 +124,19 @@ def token_figures(hidden: Tensor, head: Head | None, ids: Tensor, temperature: f
                         exact_kl(log_pi, log_softmax(reference[0], temperature)) if reference else None)
 
 
+def block_width(hidden: Tensor, weight: Tensor, block: int) -> int:
+    """How many columns [N] make about `block` logits; at least one, at most the vocabulary."""
+    return max(1, min(len(weight), block // max(1, len(hidden))))
+
+
 def logit_blocks(hidden: Tensor, head: Head, temperature: float, block: int) -> Iterator[tuple[slice, Tensor]]:
     """(columns, z [N, v]): logits over the temperature, fp32, one block of the vocabulary after the other in one buffer.
 
-    The product has the dtype of the hidden states, as in the model's own output layer; inside it sums in fp32.
+    The product has the dtype of the hidden states, as in the model's own output layer; inside it sums in fp32. A barred
+    token's −∞ becomes −1e30, whose probability is 0 as well: sums over the vocabulary then need no 0·∞ = 0.
     """
     weight, scale, cap = head
-    rows, width = len(hidden), max(1, min(len(weight), block // max(1, len(hidden))))
+    rows, width = len(hidden), block_width(hidden, weight, block)
     buffer = hidden.new_empty(rows * width)
     for start in range(0, len(weight), width):
         part = weight[start:start + width].to(hidden.dtype)
@@ -139,7 +145,15 @@ def logit_blocks(hidden: Tensor, head: Head, temperature: float, block: int) -> 
             z.mul_(scale / cap).tanh_().mul_(cap / temperature)
         elif scale != temperature:
             z.mul_(scale / temperature)
-        yield slice(start, start + len(part)), z
+        yield slice(start, start + len(part)), z.clamp_(min=-1e30)
+
+
+def exponentials(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """e^(z − max z) [N, v] written to `out`, its sum and log Σe^z [N, 1]."""
+    largest = z.amax(1, keepdim=True)
+    e = torch.sub(z, largest, out=out[:z.numel()].view_as(z)).exp_()
+    total = e.sum(1, keepdim=True)
+    return e, total, largest + total.log()
 
 
 def columns_of(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -164,24 +178,22 @@ class _FromHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, ids, scale, cap, temperature, with_entropy, reference, block):
+        width = block_width(hidden, weight, block)
         z_y, log_sums, log_sums_w, means_z, means_difference = 0.0, [], [], [], []
         w_blocks = logit_blocks(*reference, temperature, block) if reference else None
+        scratch = torch.empty(len(hidden) * width, device=hidden.device)  # new ones would fragment the heap
         for columns, z in logit_blocks(hidden, Head(weight, scale, cap), temperature, block):
             y, inside = columns_of(ids, columns)
             z_y = torch.where(inside, z.gather(1, y), z_y)
-            largest = z.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-            p = (z - largest).exp_()
-            total = p.sum(1, keepdim=True)
-            nowhere = p == 0 if reference or with_entropy else None  # 0·log 0 = 0
-            log_sums.append(largest + total.log())
-            total.clamp_(min=1)  # as it is, but in a block without any probability
             if reference:
                 w = next(w_blocks)[1]
-                log_sums_w.append(w.logsumexp(1, keepdim=True))
-                difference = w.neg_().add_(z).masked_fill_(nowhere, 0.0)
-                means_difference.append(difference.mul_(p).sum(1, keepdim=True) / total)
+                log_sums_w.append(exponentials(w, scratch)[2])
+            e, total, log_sum = exponentials(z, scratch)
+            log_sums.append(log_sum)
+            if reference:
+                means_difference.append(w.neg_().add_(z).mul_(e).sum(1, keepdim=True) / total)
             if with_entropy:
-                means_z.append(z.masked_fill_(nowhere, 0.0).mul_(p).sum(1, keepdim=True) / total)
+                means_z.append(z.mul_(e).sum(1, keepdim=True) / total)
         log_sums = torch.cat(log_sums, 1)
         log_sum, shares = log_sums.logsumexp(1, keepdim=True), log_sums.softmax(1)
         entropy = kl = log_sum_w = None
@@ -211,8 +223,7 @@ class _FromHidden(torch.autograd.Function):
             slope = None if cap is None else 1 - (z * (temperature / cap)).square_()  # of cap·tanh(·/cap)
             if reference:
                 difference = next(w_blocks)[1].neg_().add_(z).add_(shift)  # log p − log q − KL
-                p = z.sub_(log_sum).exp_()
-                dz = difference.masked_fill_(p == 0, 0.0).mul_(grad_kl).sub_(grad_log_prob).mul_(p)
+                dz = difference.mul_(grad_kl).sub_(grad_log_prob).mul_(z.sub_(log_sum).exp_())
             else:
                 dz = z.sub_(log_sum).exp_().mul_(-grad_log_prob)
             y, inside = columns_of(ids, columns)

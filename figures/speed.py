@@ -1,0 +1,262 @@
+"""What the sampler and the log-probs cost, beside what one would write without them.
+
+    python figures/speed.py                          # the embedded policy and the output layer
+    python figures/speed.py --model path/to/SmolLM2-135M-Instruct      # and the rows that need a language model
+
+Times are medians of five or more repetitions, with the two alternatives taken in turn in one process: on a shared machine only
+the ratios mean anything. Memory is measured in processes of their own, as the peak over what was there before; the table
+has it without the gradient of the output embedding, which comes out whole in any case (speed.json has both). The last panels say
+how time and memory of one job, sampling and a training step, grow when its group, its completions, its vocabulary or its
+layers are doubled and doubled again.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import erpd  # noqa: E402
+import kl  # noqa: E402
+import rollout  # noqa: E402
+from rewards import chain_problems  # noqa: E402
+
+RESULTS, PICTURE = HERE / "results" / "speed.json", HERE / "speed.png"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS, WIDTH, VOCABULARY = 2048, 1024, 151936  # the output layer of Qwen3-0.6B
+JOB = {"group": 8, "completion": 32, "vocabulary": 8192, "layers": 4}
+SUMS = [f"What is {a} + {b}?" for a, b in ((7, 5), (3, 4), (9, 8), (2, 6), (5, 5), (8, 1), (4, 7), (6, 9))]
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+def seconds(work: Callable) -> tuple[float, float]:
+    """(wall time, what `work` returns: how many tokens it dealt with)."""
+    start = time.perf_counter()
+    tokens = work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, tokens
+
+
+def in_turn(ours: Callable, theirs: Callable, repetitions: int = 5) -> dict:
+    """Medians of tokens a second of both, and their ratio, after one warm-up each."""
+    rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for repetition in tqdm(range(repetitions + 1), leave=False):
+        for name, work in (("ours", ours), ("theirs", theirs)):
+            spent, tokens = seconds(work)
+            rates[name] += [tokens / spent] if repetition else []
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {**medians, "unit": "tokens/s", "ratio": medians["ours"] / medians["theirs"], "all": rates}
+
+
+def peak() -> int:
+    """Bytes: the most memory this process has held so far."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_a_process(name: str, **settings) -> dict:
+    """What `python speed.py --alone NAME` prints: a measurement that no earlier one has touched."""
+    command = [sys.executable, __file__, "--alone", name, "--settings", json.dumps(settings)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def memory(name: str, tokens: int) -> dict:
+    """The most memory over the inputs, MiB, without and with the embedding's own gradient, which both must hold in the end."""
+    result = {}
+    for with_weight in (True, False):
+        ours, theirs = (in_a_process(f"{who}_{name}", tokens=tokens, with_weight=with_weight)["bytes"] / 2**20
+                        for who in ("our", "naive"))
+        result = {"ours": ours, "theirs": theirs, "unit": "MiB", "ratio": theirs / ours, "with the weight's gradient": result}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- the output layer
+
+def layer(tokens: int, seed: int = 0) -> tuple:
+    """(hidden states, output embedding, ids): random, with logits of variance 1 so that no softmax is trivial."""
+    torch.manual_seed(seed)
+    hidden = torch.randn(tokens, WIDTH, device=DEVICE).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH, device=DEVICE).mul_(WIDTH ** -0.5).requires_grad_()
+    return hidden, weight, torch.randint(VOCABULARY, (tokens,), device=DEVICE)
+
+
+def our_log_prob(hidden, weight, ids):
+    return kl.token_figures(hidden, kl.Head(weight), ids).log_prob
+
+
+def naive_log_prob(hidden, weight, ids):
+    return (hidden @ weight.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+def our_kl(hidden, weight, ids, reference):
+    return kl.token_figures(hidden, kl.Head(weight), ids, reference=(reference[0], kl.Head(reference[1]))).kl
+
+
+def naive_kl(hidden, weight, ids, reference):
+    return kl.exact_kl((hidden @ weight.T).log_softmax(-1), (reference[0] @ reference[1].T).log_softmax(-1))
+
+
+def peak_of_layer(name: str, tokens: int, with_weight: bool) -> dict:
+    """Forward and backward once: peak bytes over the inputs; gradients to both, or to the hidden states alone."""
+    inputs, work = layer(tokens), globals()[name]
+    inputs[1].requires_grad_(with_weight)
+    more = (tuple(x.detach() for x in layer(tokens, seed=2)[:2]),) if name.endswith("kl") else ()
+    before = peak()
+    work(*inputs, *more).sum().backward()
+    return {"bytes": peak() - before}
+
+
+# ------------------------------------------------------------------------------------------------- sampling, a training step
+
+def sampling(model, tokenizer, prompts: list[list[int]], group: int, max_new_tokens: int) -> dict:
+    """Tokens a second of `rollout.sample` and of transformers' `generate` on the same prompts at T = 1."""
+    stop = rollout.stop_ids(model, tokenizer)
+    width, pad = max(map(len, prompts)), stop[0]
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+
+    def ours() -> int:
+        return int(rollout.sample(model, prompts, group, max_new_tokens=max_new_tokens, temperature=1.0, stop=stop,
+                                  pad_id=pad, seed=0).length.sum())
+
+    @torch.no_grad()
+    def theirs() -> int:
+        torch.manual_seed(0)
+        rows = model.generate(ids, attention_mask=attention, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                              num_return_sequences=group, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=pad)
+        ends = torch.isin(rows[:, width:], torch.tensor(stop, device=rows.device)).long()
+        return int((ends.cumsum(1) - ends == 0).sum())  # the end-of-sequence token counts, what follows it does not
+
+    return in_turn(ours, theirs)
+
+
+def training_step(model, rows: int = 16, columns: int = 128, prompt: int = 38) -> dict:
+    """Forward and backward of −mean log π over the completions, against transformers' logits and log_softmax."""
+    torch.manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (rows, columns), device=model.device)
+    lengths = [torch.full((rows,), n, device=model.device) for n in (prompt, columns - prompt)]
+    batch = rollout.Rollouts(ids, *lengths, torch.zeros(rows, columns - prompt, device=model.device), None, None)
+
+    def ours() -> int:
+        kl.masked_mean(rollout.completion_figures(model, batch).log_prob, batch.mask).neg().backward()
+        return ids.numel()
+
+    def theirs() -> int:
+        log_pi = model(input_ids=ids[:, :-1], use_cache=False).logits.float().log_softmax(-1)
+        log_pi.gather(-1, ids[:, 1:, None])[:, prompt - 1:].mean().neg().backward()
+        return ids.numel()
+
+    return in_turn(ours, theirs)
+
+
+def job(group: int, completion: int, vocabulary: int, layers: int) -> dict:
+    """Seconds (of three, the median) and peak bytes of sampling 16 prompts and of a training step on what was sampled."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=layers,
+                                      num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
+    model = transformers.Qwen3ForCausalLM(config).to(DEVICE).eval()
+    before, prompts, times = peak(), torch.randint(vocabulary, (16, 16)).tolist(), []
+    for _ in range(4):
+        start = time.perf_counter()
+        batch = rollout.sample(model, prompts, group, max_new_tokens=completion, temperature=1.0, stop=[], pad_id=0, seed=0)
+        for rows in rollout.by_tokens(batch.total_length, 8192):
+            part = batch.select(rows).to(DEVICE)
+            kl.masked_mean(rollout.completion_figures(model, part).log_prob, part.mask).neg().backward()
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times[1:]), "bytes": peak() - before}
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+def measure(folder: str | None) -> dict:
+    """Every row of the table that can be measured here, with its goal, and how the job grows."""
+    rows = []
+
+    def row(what: str, against: str, goal: float, result: dict) -> None:
+        rows.append({"what": what, "against": against, "goal": goal, **result})
+        print(line(rows[-1]), flush=True)
+
+    model, tokenizer = rollout.load_policy(str(HERE.parent / "tutorial" / "tiny_base"), DEVICE)
+    prompts = [rollout.encode_prompt(tokenizer, p.question) for p in chain_problems(64, "train", operands=4, seed=0)]
+    row("sampling, embedded policy, 64 × 16", "model.generate", 2, sampling(model.requires_grad_(False), tokenizer, prompts, 16, 64))
+    row(f"log-prob + backward, {TOKENS} tokens: memory", "log_softmax over full logits", 12, memory("log_prob", TOKENS))
+    row(f"exact KL + backward, {TOKENS // 2} tokens: memory", "full logits of both", 12, memory("kl", TOKENS // 2))
+    inputs = layer(TOKENS)
+
+    def step(log_prob: Callable) -> int:
+        inputs[0].grad = inputs[1].grad = None
+        log_prob(*inputs).sum().backward()
+        return TOKENS
+
+    row("the same log-prob + backward: time", "log_softmax over full logits", 1,
+        in_turn(lambda: step(our_log_prob), lambda: step(naive_log_prob)))
+    del inputs
+    if folder:
+        model, tokenizer = rollout.load_policy(folder, DEVICE)
+        row("a training step, SmolLM2-135M, 16 × 128", "transformers' logits, log_softmax", 1.3, training_step(model))
+        model.requires_grad_(False).to(torch.bfloat16).zero_grad(set_to_none=True)
+        prompts = [rollout.encode_prompt(tokenizer, question) for question in SUMS]
+        row("sampling, SmolLM2-135M bf16, 8 × 8", "model.generate", 1.5, sampling(model, tokenizer, prompts, 8, 64))
+    else:
+        print("(two more rows need a language model: --model FOLDER)")
+    growth = {name: [in_a_process("job", **JOB | {name: JOB[name] * k}) for k in (1, 2, 4)] for name in tqdm(JOB, leave=False)}
+    return {"device": DEVICE, "threads": torch.get_num_threads(), "rows": rows, "growth": growth}
+
+
+def line(row: dict) -> str:
+    return (f"{row['what']:48} {row['ours']:10.1f} against {row['theirs']:10.1f} {row['unit']:8} ({row['against']}): "
+            f"{row['ratio']:5.2f}×, goal {row['goal']}×")
+
+
+def draw(measured: dict) -> None:
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    bars, *growth = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
+    rows = measured["rows"][::-1]
+    bars.barh(range(len(rows)), [row["ratio"] for row in rows], color=rollout.COLOURS[2], height=0.55)
+    bars.plot([row["goal"] for row in rows], range(len(rows)), "|", color=rollout.COLOURS[3], markersize=18, markeredgewidth=2.5,
+              label="the goal that was set")
+    for i, row in enumerate(rows):
+        bars.annotate(f" {row['ratio']:.2g}×", (row["ratio"], i), va="center", fontsize=8)
+    bars.set_yticks(range(len(rows)), [f"{row['what']}\nagainst {row['against']}" for row in rows], fontsize=7)
+    bars.set(xscale="log", xlabel="times as fast, or times less memory", title="Against the alternatives")
+    bars.margins(x=0.15)
+    bars.legend(frameon=False, fontsize=8, loc="lower right")
+    for axes, (figure_of, title) in zip(growth, (("seconds", "Time"), ("bytes", "Peak memory"))):
+        for (name, points), colour, marker in zip(measured["growth"].items(), rollout.COLOURS[1:], "osD^"):
+            axes.plot([1, 2, 4], [p[figure_of] / points[0][figure_of] for p in points], color=colour, marker=marker, label=name)
+        axes.plot([1, 2, 4], [1, 2, 4], color="black", linestyle="--", linewidth=1, label="in proportion")
+        axes.set(xscale="log", yscale="log", xlabel="times the size", ylabel="times the cost", title=f"{title}: sampling and a step")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(FixedLocator([1, 2, 4]))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(PICTURE, dpi=150)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        print(json.dumps(job(**arguments.settings) if arguments.alone == "job" else peak_of_layer(arguments.alone, **arguments.settings)))
+    else:
+        measured = measure(arguments.model)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(measured, indent=1) + "\n")
+        draw(measured)
