@@ -101,10 +101,10 @@ class Config:
     kl_start: float = option(1.0, "KL coefficient λ that the distiller starts with; the budget moves it")
     kl_rate: float = option(0.05, "rate of the dual ascent on log λ, per update")
 
-    tokens_per_step: int = option(8192, "tokens, prompts and padding too, in one forward and backward pass; no gradient depends on it")
+    tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
     sample_rows: int = option(1024, "completions sampled side by side")
-    checkpointing: int = option(0, "1: layers keep only their inputs and run again in the backward pass; less memory, more time")
-    precision: str = option("auto", "fp32; bf16, by autocast over fp32 weights, in sampling, scoring and training; auto: bf16 on CUDA")
+    checkpointing: int = option(0, "1: layers run again in the backward pass: less memory, more time")
+    precision: str = option("auto", "fp32; bf16 (autocast over fp32 weights); auto: bf16 on CUDA")
 
     def __post_init__(self):
         choices = {"method": METHODS, "signal": SIGNALS, "unlearn_loss": LOSSES, "advantage": ("std", "mean", "loo"),

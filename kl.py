@@ -6,8 +6,8 @@ on the tokens that the policy chose (its end-of-sequence token among them) and 0
 Directions, once and for all: `exact_kl(p, q)` is KL(p‖q) = Σ_v p(v)·log(p(v)/q(v)). A policy's distance from its
 reference is KL(π_θ‖π_0): the expectation is under the policy that moved.
 
-Log-probs, entropy and KL exist twice. On distributions [..., V] they are one line each, to be read. `token_figures` has the
-same numbers, and their gradients, from the hidden states [N, d] and the output embedding [V, d], and never holds [N, V].
+Log-probs, entropy and KL exist twice. On distributions [..., V] they are one line each, to be read. `token_figures`
+has the same numbers and their gradients from hidden states [N, d] and the output embedding [V, d]: never [N, V].
 """
 
 import copy
@@ -109,16 +109,17 @@ class TokenFigures(NamedTuple):
     kl: Tensor | None  # exact KL(π‖π_0) at s
 
 
-def token_figures(hidden: Tensor, head: Head | None, ids: Tensor, temperature: float = 1.0, *, with_entropy: bool = False,
-                  reference: tuple[Tensor, Head | None] | None = None, block: int = BLOCK) -> TokenFigures:
-    """log π(y|s) [N] of the tokens `ids` [N], from the hidden states [N, d] at s; on request the entropy [N], and the KL
-    [N] to a reference given by its (hidden states, head) at the same places. About `block` logits are in memory at a time.
+def token_figures(hidden: Tensor, head: Head | None, ids: Tensor, temperature: float = 1.0, *,
+                  with_entropy: bool = False, reference: tuple[Tensor, Head | None] | None = None,
+                  block: int = BLOCK) -> TokenFigures:
+    """log π(y|s) [N] of the tokens `ids` [N], from the hidden states [N, d] at s; on request the entropy [N], and the
+    KL [N] to a reference, given by its (hidden states, head) there. About `block` logits are in memory at a time.
 
     A model whose output layer is no `Head` has its logits [N, V] for `hidden`, and None for `head` (its reference too).
     """
     if head is not None:
-        return TokenFigures(*_FromHidden.apply(hidden, head.weight, ids, head.scale, head.cap, temperature, with_entropy,
-                                               reference, block))
+        return TokenFigures(*_FromHidden.apply(hidden, head.weight, ids, head.scale, head.cap, temperature,
+                                               with_entropy, reference, block))
     log_pi = log_softmax(hidden, temperature)
     return TokenFigures(token_log_probs(log_pi, ids), entropy(log_pi.detach()) if with_entropy else None,
                         exact_kl(log_pi, log_softmax(reference[0], temperature)) if reference else None)
@@ -130,7 +131,7 @@ def block_width(hidden: Tensor, weight: Tensor, block: int) -> int:
 
 
 def logit_blocks(hidden: Tensor, head: Head, temperature: float, block: int) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, z [N, v]): logits over the temperature, fp32, one block of the vocabulary after the other in one buffer.
+    """(columns, z [N, v]): logits over the temperature, fp32, block after block of the vocabulary in one buffer.
 
     The product has the dtype of the hidden states, as in the model's own output layer; inside it sums in fp32. A barred
     token's −∞ becomes −1e30, whose probability is 0 as well: sums over the vocabulary then need no 0·∞ = 0.
@@ -170,10 +171,10 @@ class _FromHidden(torch.autograd.Function):
         KL       = Σ p·(log p − log q) = Σ p·(z − w) − log Σe^z + log Σe^w    ∂/∂z = p·(log p − log q − KL)
         H        = log Σe^z − Σ p·z
 
-    Forward, each block b of the vocabulary gives its own log Σ_b e^z and its own mean under softmax_b(z); the whole is a
-    mixture of the blocks, with shares softmax_b(log Σ_b e^z). Backward, log Σe^z is known, so that each block of z, which is
-    computed a second time, turns into ∂z at once: each row of ∂W = ∂zᵀ h is written once, and ∂h = Σ_b ∂z W_b. That is a
-    fourth product where autograd does three; it costs less than [N, V] tensors going to memory and back.
+    Forward, each block b of the vocabulary gives its own log Σ_b e^z and its own means under softmax_b(z); the whole
+    is a mixture of the blocks, with shares softmax_b(log Σ_b e^z). Backward, log Σe^z is known, so that each block of
+    z, computed a second time, turns into ∂z at once: each row of ∂W = ∂zᵀ h is written once, and ∂h = Σ_b ∂z W_b.
+    That is a fourth product where autograd does three; it costs less than [N, V] tensors to memory and back.
     """
 
     @staticmethod
@@ -241,7 +242,7 @@ class _FromHidden(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------------- sampling
 
 def uniform_noise(seed: int, problems: Tensor, samples: Tensor, steps: int) -> Tensor:
-    """Uniform numbers in [0, 1) [R, steps] that belong to each row's (problem, sample) pair: a hash of seed, pair and step.
+    """Uniform numbers in [0, 1) [R, steps] that belong to each row's (problem, sample): a hash of seed, pair and step.
 
     The hash is splitmix64 (Steele, Lea & Flood 2014), in 64-bit integers that wrap round, alike on every device.
     """

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -152,8 +153,8 @@ def in_batches(count: int, size: int, generator: torch.Generator | None = None) 
 
 
 def by_tokens(lengths: Tensor, budget: int, padding: float = 0.1) -> list[Tensor]:
-    """Row indices in batches of like lengths, the longest first: each has at most `budget` tokens, padding included, but at
-    least one row, and less than `padding` of its tokens are padding.
+    """Row indices in batches of like lengths, the longest first. Each batch has at most `budget` tokens, padding
+    included, but at least one row, and less than `padding` of its tokens are padding.
     """
     order = lengths.argsort(descending=True, stable=True)
     sizes, rows, width, tokens = [], 0, 0, 0
@@ -175,14 +176,14 @@ SHAPES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model → (sc
 def output_head(model) -> kl.Head | None:
     """A model's output layer as a `kl.Head`, or None where it is anything else.
 
-    transformers' models scale their logits, or cap them, by these fields of their configs. That is not taken on trust: the
+    transformers' models scale or cap their logits by these fields of their configs. That is not taken on trust: the
     logits of two tokens must be the model's own.
     """
     layer = model.get_output_embeddings()
     if model not in SHAPES:
         config = model.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere; Granite
+        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
         SHAPES[model] = None
         if isinstance(layer, torch.nn.Linear) and layer.bias is None:
             ids = torch.tensor([[0, 1]], device=layer.weight.device)
@@ -198,7 +199,7 @@ def completion_states(model, rollouts: Rollouts) -> tuple[Tensor, kl.Head | None
     """(hidden states [N, d] before each of the N completion tokens, output head); or their logits [N, V] and None.
 
     Rows are padded on the right, where causal attention never looks from inside a completion: no attention mask is
-    needed. The distribution of a token is the output one position before it; no other position reaches the output layer.
+    needed. The distribution of a token is the output one position before it; nothing else reaches the output layer.
     """
     head, inputs = output_head(model), rollouts.ids[:, :-1]
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
@@ -207,15 +208,15 @@ def completion_states(model, rollouts: Rollouts) -> tuple[Tensor, kl.Head | None
     rows = torch.arange(len(states), device=states.device)[:, None]
     before = rows * states.shape[1] + rollouts.completion_positions - 1
     states = states.flatten(0, 1).index_select(0, before[rollouts.mask.bool()])
-    if torch.is_autocast_enabled(states.device.type):  # the output layer would be run in that type, and is in the sampler
+    if torch.is_autocast_enabled(states.device.type):  # the sampler's output layer runs in this type
         states = states.to(torch.get_autocast_dtype(states.device.type))
     return states, head
 
 
 def completion_figures(model, rollouts: Rollouts, temperature: float = 1.0, *, with_entropy: bool = False,
                        reference=None) -> kl.TokenFigures:
-    """log π(y_t|s_t), on request the entropy and the exact KL to the model `reference`, at every stored prefix: [B, T], 0
-    after the end, on the rollouts' device, with gradients where they are enabled.
+    """log π(y_t|s_t), on request the entropy and the exact KL to the model `reference`, at every stored prefix [B, T],
+    0 after the end, on the rollouts' device, with gradients where they are enabled.
     """
     mask = rollouts.mask.bool()
     with torch.no_grad():
@@ -227,8 +228,9 @@ def completion_figures(model, rollouts: Rollouts, temperature: float = 1.0, *, w
 
 
 @torch.no_grad()
-def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: int = 8192, desc: str | None = None) -> Tensor:
-    """log π(y_t|s_t) [B, T] of the stored completions, 0 after their ends, on the CPU; `tokens_per_step` tokens at a time."""
+def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: int = 8192,
+          desc: str | None = None) -> Tensor:
+    """log π(y_t|s_t) [B, T] of the stored completions, 0 after their ends, on the CPU."""
     device = next(model.parameters()).device
     scores = torch.zeros_like(rollouts.log_probs)
     for rows in tqdm(by_tokens(rollouts.total_length, tokens_per_step), desc=desc, disable=desc is None, leave=False):
@@ -242,7 +244,7 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: 
 class ReservedLayer(DynamicLayer):
     """One layer's keys and values of a group, with room for every token still to come: nothing is copied as they grow.
 
-    It takes the place of transformers' dynamic layers, which build new tensors for every token, with or without a window.
+    It takes the place of transformers' dynamic layers, which build new tensors for every token.
     """
 
     def __init__(self, prompt: DynamicLayer, fan_out: Tensor, new_tokens: int):
@@ -309,7 +311,8 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     logits, attention, position = output.logits[fan_out, -1], attention[fan_out], prompt_length.to(device)[fan_out]
 
     groups = torch.arange(len(prompts)) if problems is None else problems
-    noise = kl.uniform_noise(seed, groups.to(device)[fan_out], torch.arange(total, device=device) % group, max_new_tokens)
+    samples = torch.arange(total, device=device) % group
+    noise = kl.uniform_noise(seed, groups.to(device)[fan_out], samples, max_new_tokens)
     tokens = torch.full((total, max_new_tokens), pad_id, device=device)
     log_probs = torch.zeros(total, max_new_tokens, device=device)
     length = torch.zeros(total, dtype=torch.long, device=device)
@@ -328,19 +331,13 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
             rows[ended[:len(rows)]] = going[going >= len(rows)]
             alive, chosen, attention, position = alive[rows], chosen[rows], attention[rows], position[rows]
             cache.reorder_cache(rows)
-        logits = model(input_ids=chosen[:, None], attention_mask=attention[:, :width + t + 1].long(), past_key_values=cache,
-                       use_cache=True, position_ids=position[:, None] + t, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=chosen[:, None], attention_mask=attention[:, :width + t + 1].long(), use_cache=True,
+                       position_ids=position[:, None] + t, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
-    longest = int(length.max())
-    tokens, log_probs, length = tokens[:, :longest].cpu(), log_probs[:, :longest].cpu(), length.cpu()
-    prompt_length = prompt_length.repeat_interleave(group)
-    ids = torch.full((total, int((prompt_length + length).max())), pad_id)
-    for row, prompt in enumerate(prompts):
-        ids[row * group:(row + 1) * group, :len(prompt)] = torch.tensor(prompt)
-    rollouts = Rollouts(ids, prompt_length, length, log_probs, torch.full((total,), math.nan), groups.repeat_interleave(group))
-    row, step = rollouts.mask.nonzero(as_tuple=True)
-    rollouts.ids[row, prompt_length[row] + step] = tokens[row, step]
-    return rollouts
+    tokens, log_probs, length = tokens.cpu(), log_probs[:, :length.max()].cpu(), length.cpu()
+    ids = [torch.cat([torch.tensor(prompts[row // group]), tokens[row, :n]]) for row, n in enumerate(length.tolist())]
+    return Rollouts(pad_sequence(ids, batch_first=True, padding_value=pad_id), prompt_length.repeat_interleave(group), length,
+                    log_probs, torch.full((total,), math.nan), groups.repeat_interleave(group))
 
 
 def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_new_tokens: int, temperature: float = 1.0,
@@ -404,13 +401,15 @@ def bootstrap_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tupl
 
 
 @torch.no_grad()
-def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: int = 8192) -> dict[str, float]:
+def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0,
+               tokens_per_step: int = 8192) -> dict[str, float]:
     """Exact KL(π‖π_0) and entropy at the prefixes of `rollouts`, which `model` must have sampled: nats a completion, a token."""
     device = next(model.parameters()).device
     kl_sum = entropy_sum = torch.zeros((), dtype=torch.float64, device=device)
     other = None if reference is model else reference
     for rows in tqdm(by_tokens(rollouts.total_length, tokens_per_step), desc="exact KL", leave=False):
-        figures = completion_figures(model, rollouts.select(rows).to(device), temperature, with_entropy=True, reference=other)
+        batch = rollouts.select(rows).to(device)
+        figures = completion_figures(model, batch, temperature, with_entropy=True, reference=other)
         entropy_sum = entropy_sum + figures.entropy.sum()
         kl_sum = kl_sum if other is None else kl_sum + figures.kl.sum()
     kl_sum, entropy_sum = kl_sum.item(), entropy_sum.item()

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,12 +29,12 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import erpd  # noqa: E402
 import kl  # noqa: E402
 import rollout  # noqa: E402
 from rewards import chain_problems  # noqa: E402
 
 RESULTS, PICTURE = HERE / "results" / "speed.json", HERE / "speed.png"
+EMBEDDED = str(HERE.parent / "tutorial" / "tiny_base")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, WIDTH, VOCABULARY = 2048, 1024, 151936  # the output layer of Qwen3-0.6B
 JOB = {"group": 8, "completion": 32, "vocabulary": 8192, "layers": 4}
@@ -181,19 +182,19 @@ def job(group: int, completion: int, vocabulary: int, layers: int) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
-def measure(folder: str | None) -> dict:
-    """Every row of the table that can be measured here, with its goal, and how the job grows."""
-    rows = []
-
-    def row(what: str, against: str, goal: float, result: dict) -> None:
-        rows.append({"what": what, "against": against, "goal": goal, **result})
-        print(line(rows[-1]), flush=True)
-
-    model, tokenizer = rollout.load_policy(str(HERE.parent / "tutorial" / "tiny_base"), DEVICE)
+def embedded_sampling(folder: str) -> dict:
+    model, tokenizer = rollout.load_policy(folder, DEVICE)
     prompts = [rollout.encode_prompt(tokenizer, p.question) for p in chain_problems(64, "train", operands=4, seed=0)]
-    row("sampling, embedded policy, 64 × 16", "model.generate", 2, sampling(model.requires_grad_(False), tokenizer, prompts, 16, 64))
-    row(f"log-prob + backward, {TOKENS} tokens: memory", "log_softmax over full logits", 12, memory("log_prob", TOKENS))
-    row(f"exact KL + backward, {TOKENS // 2} tokens: memory", "full logits of both", 12, memory("kl", TOKENS // 2))
+    return sampling(model.requires_grad_(False), tokenizer, prompts, 16, 64)
+
+
+def language_model_sampling(folder: str) -> dict:
+    model, tokenizer = rollout.load_policy(folder, DEVICE)
+    prompts = [rollout.encode_prompt(tokenizer, question) for question in SUMS]
+    return sampling(model.requires_grad_(False).to(torch.bfloat16), tokenizer, prompts, 8, 64)
+
+
+def time_of_layer(_) -> dict:
     inputs = layer(TOKENS)
 
     def step(log_prob: Callable) -> int:
@@ -201,19 +202,29 @@ def measure(folder: str | None) -> dict:
         log_prob(*inputs).sum().backward()
         return TOKENS
 
-    row("the same log-prob + backward: time", "log_softmax over full logits", 1,
-        in_turn(lambda: step(our_log_prob), lambda: step(naive_log_prob)))
-    del inputs
-    if folder:
-        model, tokenizer = rollout.load_policy(folder, DEVICE)
-        row("a training step, SmolLM2-135M, 16 × 128", "transformers' logits, log_softmax", 1.3, training_step(model))
-        model.requires_grad_(False).to(torch.bfloat16).zero_grad(set_to_none=True)
-        prompts = [rollout.encode_prompt(tokenizer, question) for question in SUMS]
-        row("sampling, SmolLM2-135M bf16, 8 × 8", "model.generate", 1.5, sampling(model, tokenizer, prompts, 8, 64))
-    else:
-        print("(two more rows need a language model: --model FOLDER)")
-    growth = {name: [in_a_process("job", **JOB | {name: JOB[name] * k}) for k in (1, 2, 4)] for name in tqdm(JOB, leave=False)}
-    return {"device": DEVICE, "threads": torch.get_num_threads(), "rows": rows, "growth": growth}
+    return in_turn(lambda: step(our_log_prob), lambda: step(naive_log_prob))
+
+
+# name: (what, against what, the goal, how it is measured from a model's folder)
+ROWS = {
+    "embedded": ("sampling, embedded policy, 64 × 16", "model.generate", 2, lambda _: embedded_sampling(EMBEDDED)),
+    "sampling": ("sampling, SmolLM2-135M bf16, 8 × 8", "model.generate", 1.5, language_model_sampling),
+    "step": ("a training step, SmolLM2-135M, 16 × 128", "transformers' logits, log_softmax", 1.3,
+             lambda folder: training_step(rollout.load_policy(folder, DEVICE)[0])),
+    "time": (f"log-prob + backward, {TOKENS} tokens: time", "log_softmax over full logits", 1, time_of_layer),
+    "memory": (f"log-prob + backward, {TOKENS} tokens: memory", "log_softmax over full logits", 12,
+               lambda _: memory("log_prob", TOKENS)),
+    "kl": (f"exact KL + backward, {TOKENS // 2} tokens: memory", "full logits of both", 12, lambda _: memory("kl", TOKENS // 2)),
+}
+
+
+def record(part: str, name: str, value) -> dict:
+    """Everything that has been measured; with this, which replaces an earlier one."""
+    measured = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "growth": {}}
+    measured[part][name] = value
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(measured, indent=1) + "\n")
+    return measured
 
 
 def line(row: dict) -> str:
@@ -224,7 +235,7 @@ def line(row: dict) -> str:
 def draw(measured: dict) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     bars, *growth = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
-    rows = measured["rows"][::-1]
+    rows = [measured["rows"][name] for name in ROWS if name in measured["rows"]][::-1]
     bars.barh(range(len(rows)), [row["ratio"] for row in rows], color=rollout.COLOURS[2], height=0.55)
     bars.plot([row["goal"] for row in rows], range(len(rows)), "|", color=rollout.COLOURS[3], markersize=18, markeredgewidth=2.5,
               label="the goal that was set")
@@ -249,14 +260,26 @@ def draw(measured: dict) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("only", nargs="*", help=f"some of {', '.join(ROWS)}, growth (default: all of them)")
     parser.add_argument("--model", help="checkpoint folder of SmolLM2-135M-Instruct")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        print(json.dumps(job(**arguments.settings) if arguments.alone == "job" else peak_of_layer(arguments.alone, **arguments.settings)))
-    else:
-        measured = measure(arguments.model)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(measured, indent=1) + "\n")
-        draw(measured)
+        work = job if arguments.alone == "job" else partial(peak_of_layer, arguments.alone)
+        print(json.dumps(work(**arguments.settings)))
+        sys.exit()
+    for name in arguments.only or [*ROWS, "growth"]:
+        if name == "growth":
+            for size in JOB:
+                record("growth", size, [in_a_process("job", **JOB | {size: JOB[size] * k}) for k in (1, 2, 4)])
+        elif name in ("sampling", "step") and not arguments.model:
+            print(f"({name} needs a language model: --model FOLDER)")
+        else:
+            what, against, goal, work = ROWS[name]
+            result = work(arguments.model)
+            result = {"what": what, "against": against, "goal": goal, "device": DEVICE, "threads": torch.get_num_threads(), **result}
+            record("rows", name, result)
+            print(line(result), flush=True)
+    measured = json.loads(RESULTS.read_text())
+    draw(measured)
