@@ -78,7 +78,7 @@ def in_a_process(name: str, **settings) -> dict:
 
 
 def memory(name: str, tokens: int) -> dict:
-    """The most memory over the inputs, MiB, without and with the embedding's own gradient, which both hold in the end."""
+    """The most memory over the inputs, MiB, without and with the embedding's own gradient, which both end up with."""
     ours, theirs, our_total, their_total = (
         in_a_process(f"{who}_{name}", tokens=tokens, with_weight=with_weight)["bytes"] / 2**20
         for with_weight in (False, True) for who in ("our", "naive"))
