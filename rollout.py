@@ -183,7 +183,8 @@ def output_head(model) -> kl.Head | None:
     if model not in SHAPES:
         config = model.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         SHAPES[model] = None
         if isinstance(layer, torch.nn.Linear) and layer.bias is None:
             ids = torch.tensor([[0, 1]], device=layer.weight.device)

@@ -3,11 +3,12 @@
     python figures/speed.py                          # the embedded policy and the output layer
     python figures/speed.py --model path/to/SmolLM2-135M-Instruct      # and the rows that need a language model
 
-Times are medians of five or more repetitions, with the two alternatives taken in turn in one process: on a shared machine only
-the ratios mean anything. Memory is measured in processes of their own, as the peak over what was there before; the table
-has it without the gradient of the output embedding, which comes out whole in any case (speed.json has both). The last panels say
-how time and memory of one job, sampling and a training step, grow when its group, its completions, its vocabulary or its
-layers are doubled and doubled again.
+Times are medians of five or more repetitions, with the two alternatives taken in turn in one process: on a shared
+machine only the ratios mean anything. Memory is measured in processes of their own, as the peak over what was there
+before; the table has it without the gradient of the output embedding, which comes out whole in any case (speed.json has
+both). The last panels say how time and memory of one job, sampling and a training step, grow when its group, its
+completions, its vocabulary or its layers are doubled and doubled again. Memory follows `tokens_per_step` and not the
+group or the completions once a step is full, and the vocabulary only by its weights.
 """
 
 import argparse
@@ -41,7 +42,7 @@ JOB = {"group": 8, "completion": 32, "vocabulary": 8192, "layers": 4}
 SUMS = [f"What is {a} + {b}?" for a, b in ((7, 5), (3, 4), (9, 8), (2, 6), (5, 5), (8, 1), (4, 7), (6, 9))]
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ----------------------------------------------------------------------------------------------------------- measuring
 
 def seconds(work: Callable) -> tuple[float, float]:
     """(wall time, what `work` returns: how many tokens it dealt with)."""
@@ -65,7 +66,9 @@ def in_turn(ours: Callable, theirs: Callable, repetitions: int = 5) -> dict:
 
 def peak() -> int:
     """Bytes: the most memory this process has held so far."""
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def in_a_process(name: str, **settings) -> dict:
@@ -75,13 +78,12 @@ def in_a_process(name: str, **settings) -> dict:
 
 
 def memory(name: str, tokens: int) -> dict:
-    """The most memory over the inputs, MiB, without and with the embedding's own gradient, which both must hold in the end."""
-    result = {}
-    for with_weight in (True, False):
-        ours, theirs = (in_a_process(f"{who}_{name}", tokens=tokens, with_weight=with_weight)["bytes"] / 2**20
-                        for who in ("our", "naive"))
-        result = {"ours": ours, "theirs": theirs, "unit": "MiB", "ratio": theirs / ours, "with the weight's gradient": result}
-    return result
+    """The most memory over the inputs, MiB, without and with the embedding's own gradient, which both end up with."""
+    ours, theirs, our_total, their_total = (
+        in_a_process(f"{who}_{name}", tokens=tokens, with_weight=with_weight)["bytes"] / 2**20
+        for with_weight in (False, True) for who in ("our", "naive"))
+    return {"ours": ours, "theirs": theirs, "unit": "MiB", "ratio": theirs / ours,
+            "with the weight's gradient": {"ours": our_total, "theirs": their_total, "ratio": their_total / our_total}}
 
 
 # ---------------------------------------------------------------------------------------------------- the output layer
@@ -120,7 +122,7 @@ def peak_of_layer(name: str, tokens: int, with_weight: bool) -> dict:
     return {"bytes": peak() - before}
 
 
-# ------------------------------------------------------------------------------------------------- sampling, a training step
+# ------------------------------------------------------------------------------------------ sampling, a training step
 
 def sampling(model, tokenizer, prompts: list[list[int]], group: int, max_new_tokens: int) -> dict:
     """Tokens a second of `rollout.sample` and of transformers' `generate` on the same prompts at T = 1."""
@@ -137,7 +139,8 @@ def sampling(model, tokenizer, prompts: list[list[int]], group: int, max_new_tok
     def theirs() -> int:
         torch.manual_seed(0)
         rows = model.generate(ids, attention_mask=attention, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                              num_return_sequences=group, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=pad)
+                              num_return_sequences=group, max_new_tokens=max_new_tokens, eos_token_id=stop,
+                              pad_token_id=pad)
         ends = torch.isin(rows[:, width:], torch.tensor(stop, device=rows.device)).long()
         return int((ends.cumsum(1) - ends == 0).sum())  # the end-of-sequence token counts, what follows it does not
 
@@ -164,15 +167,17 @@ def training_step(model, rows: int = 16, columns: int = 128, prompt: int = 38) -
 
 
 def job(group: int, completion: int, vocabulary: int, layers: int) -> dict:
-    """Seconds (of three, the median) and peak bytes of sampling 16 prompts and of a training step on what was sampled."""
+    """Seconds (of three, the median) and peak bytes of sampling 16 prompts and of a training step on the samples."""
     torch.manual_seed(0)
-    config = transformers.Qwen3Config(vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=layers,
-                                      num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
+    config = transformers.Qwen3Config(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
     model = transformers.Qwen3ForCausalLM(config).to(DEVICE).eval()
     before, prompts, times = peak(), torch.randint(vocabulary, (16, 16)).tolist(), []
     for _ in range(4):
         start = time.perf_counter()
-        batch = rollout.sample(model, prompts, group, max_new_tokens=completion, temperature=1.0, stop=[], pad_id=0, seed=0)
+        batch = rollout.sample(model, prompts, group, max_new_tokens=completion, temperature=1.0, stop=[], pad_id=0,
+                               seed=0)
         for rows in rollout.by_tokens(batch.total_length, 8192):
             part = batch.select(rows).to(DEVICE)
             kl.masked_mean(rollout.completion_figures(model, part).log_prob, part.mask).neg().backward()
@@ -214,7 +219,8 @@ ROWS = {
     "time": (f"log-prob + backward, {TOKENS} tokens: time", "log_softmax over full logits", 1, time_of_layer),
     "memory": (f"log-prob + backward, {TOKENS} tokens: memory", "log_softmax over full logits", 12,
                lambda _: memory("log_prob", TOKENS)),
-    "kl": (f"exact KL + backward, {TOKENS // 2} tokens: memory", "full logits of both", 12, lambda _: memory("kl", TOKENS // 2)),
+    "kl": (f"exact KL + backward, {TOKENS // 2} tokens: memory", "full logits of both", 12,
+           lambda _: memory("kl", TOKENS // 2)),
 }
 
 
@@ -237,19 +243,22 @@ def draw(measured: dict) -> None:
     bars, *growth = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
     rows = [measured["rows"][name] for name in ROWS if name in measured["rows"]][::-1]
     bars.barh(range(len(rows)), [row["ratio"] for row in rows], color=rollout.COLOURS[2], height=0.55)
-    bars.plot([row["goal"] for row in rows], range(len(rows)), "|", color=rollout.COLOURS[3], markersize=18, markeredgewidth=2.5,
-              label="the goal that was set")
+    bars.plot([row["goal"] for row in rows], range(len(rows)), "|", color=rollout.COLOURS[3], markersize=18,
+              markeredgewidth=2.5, label="the goal that was set")
     for i, row in enumerate(rows):
-        bars.annotate(f" {row['ratio']:.2g}×", (row["ratio"], i), va="center", fontsize=8)
+        bars.annotate(f"{row['ratio']:.2g}×", (max(row["ratio"], row["goal"]), i), xytext=(6, 0),
+                      textcoords="offset points", va="center", fontsize=8)
     bars.set_yticks(range(len(rows)), [f"{row['what']}\nagainst {row['against']}" for row in rows], fontsize=7)
-    bars.set(xscale="log", xlabel="times as fast, or times less memory", title="Against the alternatives")
-    bars.margins(x=0.15)
-    bars.legend(frameon=False, fontsize=8, loc="lower right")
-    for axes, (figure_of, title) in zip(growth, (("seconds", "Time"), ("bytes", "Peak memory"))):
+    bars.set(xscale="log", xlim=(0.5, 300), xlabel="times as fast, or times less memory",
+             title="Against the alternatives")
+    bars.xaxis.set_major_formatter("{x:g}")
+    bars.legend(frameon=False, fontsize=8, loc="upper right")
+    for axes, (figure_of, title) in zip(growth, (("seconds", "Time of a job"), ("bytes", "Its peak memory"))):
         for (name, points), colour, marker in zip(measured["growth"].items(), rollout.COLOURS[1:], "osD^"):
-            axes.plot([1, 2, 4], [p[figure_of] / points[0][figure_of] for p in points], color=colour, marker=marker, label=name)
+            costs = [point[figure_of] / points[0][figure_of] for point in points]
+            axes.plot([1, 2, 4], costs, color=colour, marker=marker, label=name)
         axes.plot([1, 2, 4], [1, 2, 4], color="black", linestyle="--", linewidth=1, label="in proportion")
-        axes.set(xscale="log", yscale="log", xlabel="times the size", ylabel="times the cost", title=f"{title}: sampling and a step")
+        axes.set(xscale="log", yscale="log", xlabel="times the size", ylabel="times the cost", title=title)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(FixedLocator([1, 2, 4]))
             axis.set_major_formatter("{x:g}")
@@ -278,7 +287,8 @@ if __name__ == "__main__":
         else:
             what, against, goal, work = ROWS[name]
             result = work(arguments.model)
-            result = {"what": what, "against": against, "goal": goal, "device": DEVICE, "threads": torch.get_num_threads(), **result}
+            result = {"what": what, "against": against, "goal": goal, "device": DEVICE,
+                      "threads": torch.get_num_threads(), **result}
             record("rows", name, result)
             print(line(result), flush=True)
     measured = json.loads(RESULTS.read_text())
