@@ -58,7 +58,8 @@ class Config:
     """Every setting of a run; each field is an option on the command line."""
 
     model: str = option("tutorial/tiny_base", "checkpoint folder or hub name of the base policy", "Qwen/Qwen3-4B-Thinking-2507")
-    data: str = option("chain", "chain (built in), gsm8k, math500, aime24, aime25, polaris, a hub id, a .jsonl or .parquet file", "polaris")
+    data: str = option("chain", "chain (built in), gsm8k, math500, aime24, aime25, polaris, a hub id, a .jsonl or .parquet file",
+                       "polaris")
     test_data: str = option("", "held-out problems, if other than the test split of --data (a part of it, where it has one split)")
     question_field: str = option("", "field of the data set that holds the question (default: found by name)")
     answer_field: str = option("", "field of the data set that holds the answer (default: found by name)")
@@ -79,7 +80,8 @@ class Config:
     curve_samples: int = option(4, "the same for the checkpoints on the way; 0 leaves them out")
     limit_samples: int = option(64, "the same for the base: from 64 on, the figure shows the least KL that any policy needs")
 
-    loss: str = option("sapo", "the explorer's loss: sapo, ce, mse, nll or clip; several teachers, with weights: sapo:1,nll:0.5", "mse")
+    loss: str = option("sapo", "the explorer's loss: sapo, ce, mse, nll or clip; several teachers, with weights: sapo:1,nll:0.5",
+                       "mse")
     explore_epochs: int = option(16, "passes of the explorer over the stored batch")
     explore_lr: float = option(3e-5, "its learning rate", 1e-6)
     explore_batch: int = option(256, "completions an update", 256)

@@ -368,5 +368,5 @@ def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[f
     p = pass_rates.double()
     tilt = torch.linspace(0, 12, points, dtype=torch.float64, device=p.device).exp()[:, None]
     q = p * tilt / (1 - p + p * tilt)
-    divergence = torch.special.xlogy(q, q) - torch.special.xlogy(q, p) + torch.special.xlogy(1 - q, 1 - q) - torch.special.xlogy(1 - q, 1 - p)
+    divergence = sum(torch.special.xlogy(a, a) - torch.special.xlogy(a, b) for a, b in ((q, p), (1 - q, 1 - p)))
     return q.mean(1).tolist(), divergence.mean(1).tolist()
