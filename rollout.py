@@ -438,14 +438,15 @@ def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: 
 
 
 def table(rows: Sequence[dict], header: bool = True) -> str:
-    """Policies as lines: accuracy with its 95 % interval over problems, pass@8, KL to the first base, entropy."""
+    """Policies as lines: accuracy with its 95 % interval over problems, pass@8 (from 8 samples on), KL to the first base, entropy."""
     lines = [f"{'policy':36} {'avg@k':>6}  {'95 % interval':15} {'k':>3} {'pass@8':>7} {'KL, nats/completion':>20} "
              f"{'entropy, nats/token':>20}"] if header else []
     for row in rows:
         on_its_way = [f", {unit} {row[unit]}" for unit in ("epoch", "step") if unit in row]
         low, high = row["accuracy_interval"]
         lines.append(f"{row['policy'] + ''.join(on_its_way):36} {row['accuracy']:6.1%}  {low:6.1%} – {high:6.1%} "
-                     f"{row['samples']:3} {row['pass']:7.1%} {row['kl']:20.3f} {row['entropy']:20.3f}")
+                     f"{row['samples']:3} {format(row['pass'], '.1%') if row['samples'] >= 8 else '–':>7} "
+                     f"{row['kl']:20.3f} {row['entropy']:20.3f}")
     return "\n".join(lines)
 
 

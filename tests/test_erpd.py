@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
-import kl
 from erpd import Config, Diverged
 from rewards import InputError, chain_problems, group_advantages
 from rollout import Rollouts, collect, completion_figures, load_policy, score
