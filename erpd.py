@@ -151,18 +151,20 @@ class Diverged(RuntimeError):
 
 def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], objective: Callable, *, epochs: int,
              batch: int, config: Config, seed: int, desc: str, reference=None, after_update: Callable | None = None,
-             after_epoch: Callable | None = None) -> None:
+             after_epoch: Callable | None = None, decay: bool = False) -> None:
     """Minimise `objective` on the stored batch, `epochs` passes in updates of `batch` completions; changes `model`.
 
     `targets` are further tensors, [B] or [B, T], that are cut into micro-batches with the rollouts.
     `objective(policy, part, targets, tokens, completions)` gives the loss of one micro-batch and a dict of figures to show,
     from the `policy`'s log-probs, entropy and, with a `reference`, exact KL to it, [b, T] each. `tokens` and `completions`
     count the whole update: dividing by them makes the gradient independent of how it is cut into micro-batches.
-    `after_update()` and `after_epoch(epoch, model)` may return more figures. Raises Diverged.
+    `after_update()` and `after_epoch(epoch, model)` may return more figures. With `decay` the learning rate falls linearly
+    to 0. Raises Diverged.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     updates = epochs * math.ceil(len(rollouts) / batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates if decay else 1.0)
     shown, step = {}, 0
     with tqdm(total=updates, desc=desc, unit="update", leave=False) as bar:
         for epoch in range(1, epochs + 1):
@@ -184,6 +186,7 @@ def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], o
                 if not torch.isfinite(loss_value + norm):
                     raise Diverged(desc, step, model)
                 optimizer.step()
+                schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 shown |= figures | (after_update() if after_update else {})
                 bar.update()
@@ -321,7 +324,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: i
 
     optimise(model, optimizer, rollouts, {"advantage": advantages}, objective, epochs=config.distill_epochs,
              batch=config.distill_batch, config=config, seed=seed, desc=desc, reference=base, after_update=steer_coefficient,
-             after_epoch=after_epoch)
+             after_epoch=after_epoch, decay=True)  # what the last updates of a constant rate add is noise, and it costs KL
     return model
 
 
