@@ -94,8 +94,8 @@ class Config:
     unlearn_epochs: int = option(4, "passes of the unlearned policy over the stored batch")
 
     signal: str = option("contrast", "s_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
-    distill_epochs: int = option(2, "passes of the distiller over the stored batch", 1)
-    distill_lr: float = option(2e-4, "its learning rate", 1e-6)
+    distill_epochs: int = option(4, "passes of the distiller over the stored batch", 1)
+    distill_lr: float = option(4e-4, "its learning rate, falling to 0", 1e-6)
     distill_batch: int = option(64, "completions an update", 64)
     distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of s_t")

@@ -115,14 +115,22 @@ def token_figures(hidden: Tensor, head: Head | None, ids: Tensor, temperature: f
     """log π(y|s) [N] of the tokens `ids` [N], from the hidden states [N, d] at s; on request the entropy [N], and the
     KL [N] to a reference, given by its (hidden states, head) there. About `block` logits are in memory at a time.
 
-    A model whose output layer is no `Head` has its logits [N, V] for `hidden`, and None for `head` (its reference too).
+    A model whose output layer is no `Head` has its logits [N, V] for `hidden`, and None for `head`; so has its reference.
     """
-    if head is not None:
+    if head is not None and (reference is None or reference[1] is not None):
         return TokenFigures(*_FromHidden.apply(hidden, head.weight, ids, head.scale, head.cap, temperature,
                                                with_entropy, reference, block))
-    log_pi = log_softmax(hidden, temperature)
+    log_pi = log_softmax(whole_logits(hidden, head), temperature)
     return TokenFigures(token_log_probs(log_pi, ids), entropy(log_pi.detach()) if with_entropy else None,
-                        exact_kl(log_pi, log_softmax(reference[0], temperature)) if reference else None)
+                        exact_kl(log_pi, log_softmax(whole_logits(*reference), temperature)) if reference else None)
+
+
+def whole_logits(states: Tensor, head: Head | None) -> Tensor:
+    """[N, V] from hidden states [N, d] and their head; without a head the states are the logits."""
+    if head is None:
+        return states
+    logits = head.scale * (states @ head.weight.to(states.dtype).T).float()
+    return logits if head.cap is None else head.cap * (logits / head.cap).tanh()
 
 
 def block_width(hidden: Tensor, weight: Tensor, block: int) -> int:

@@ -38,10 +38,11 @@ class Stage:
     name: str
     config: erpd.Config
     carries: tuple[int, ...] = ()
-    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)  # learning rates of every direct method; the explorer's is the middle one
-    epochs: int = 16  # of the explorer
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)  # learning rates of every direct method
+    epochs: int = 16  # of the explorer, and of clipping beside it
+    nll_epochs: int = 4
     everything: bool = True  # False: the frontier alone
-    samples: int = 8  # completions a held-out problem
+    seeds: int = 5
 
     @property
     def key(self) -> str:
@@ -143,7 +144,7 @@ class Bench:
 
     def measure(self, model, samples: int | None = None, **about) -> dict:
         """A row: the policy's accuracy and KL on fresh samples of its own, and `about` it."""
-        figures = rollout.evaluate(model, self.base, self.policy[1], self.held_out, samples or self.stage.samples,
+        figures = rollout.evaluate(model, self.base, self.policy[1], self.held_out, samples or self.config.test_samples,
                                    seed=self.config.seed, **self.config.sampling)
         if model is not self.base:
             figures.pop("pass_rates")
@@ -174,7 +175,7 @@ class Bench:
                 kept[epoch] = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 if tell:
                     method = "unlearned" if reverse else loss + (" + KL" if kl_coef else "")
-                    self.measure(model, method=method, path=f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else ""), at=epoch,
+                    self.measure(model, self.config.curve_samples, method=method, path=f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else ""), at=epoch,
                                  lr=lr, kl_coef=kl_coef, epochs=epochs, fallen=self.fallen(model),
                                  rollouts=len(self.rollouts))
             return {}
@@ -234,10 +235,13 @@ class Bench:
     def log_unlearned(self) -> Tensor:
         return self.log_probs("mse", self.config.explore_lr, self.config.unlearn_epochs, self.config.unlearn_epochs, reverse=True)
 
+    def short(self, loss: str) -> int:
+        return min(self.stage.epochs, self.stage.nll_epochs if loss == "nll" else 4)
+
     def signal(self, kind: str = "contrast", loss: str = "sapo", epoch: int | None = None) -> Tensor:
         """s_t [B, T] of an explorer at one of its checkpoints."""
-        epochs = self.stage.epochs if loss == "sapo" else 4
-        teacher = None if kind == "unlearned" else self.log_probs(loss, self.stage.rates[1], epoch or epochs, epochs)
+        lr, epochs = (self.config.explore_lr, self.stage.epochs) if loss == "sapo" else (self.stage.rates[1], self.short(loss))
+        teacher = None if kind == "unlearned" else self.log_probs(loss, lr, epoch or epochs, epochs)
         return erpd.token_signal(kind, self.rollouts.log_probs, teacher, None if kind == "teacher" else self.log_unlearned)
 
     def student(self, signal: Tensor, budget: float, **about):
@@ -252,6 +256,13 @@ class Bench:
         for budget in BUDGETS:
             self.student(self.signal(), budget, method="erpd", path="sapo, contrast")
 
+    def faster(self) -> None:
+        """The same from an explorer with the next learning rate, which drifts further."""
+        lr, epochs = self.stage.rates[1], self.short("sapo")
+        signal = erpd.token_signal("contrast", self.rollouts.log_probs, self.log_probs("sapo", lr, epochs, epochs), self.log_unlearned)
+        for budget in BUDGETS[:3]:
+            self.student(signal, budget, method="erpd, faster explorer", path="sapo, contrast")
+
     def control(self) -> None:
         """Stage 2 with the outcome advantage Â at every token, everything else equal."""
         advantages = group_advantages(self.rollouts.rewards, self.rollouts.groups, "std")[:, None]
@@ -261,14 +272,14 @@ class Bench:
     def teachers(self) -> None:
         """Students of teachers from strong to collapsed, by every signal, at one budget; and of several teachers."""
         mask, budget = self.rollouts.mask, BUDGETS[2]
-        self.student(self.signal("unlearned"), budget, method="student", path="unlearned", signal="unlearned", at=0)
-        for loss, epoch in (("sapo", 1), ("sapo", 4), ("sapo", self.stage.epochs), ("ce", 4), ("mse", 4), ("nll", 4)):
-            for kind in ("teacher", "contrast"):
-                self.student(self.signal(kind, loss, epoch), budget, method="student", path=f"{loss}, {kind}", signal=kind,
+        self.student(self.signal("unlearned"), budget, method="student", path="unlearned", kind="unlearned", at=0)
+        for loss, epoch in (("sapo", 1), ("sapo", 4), ("sapo", self.stage.epochs), *((loss, self.short(loss)) for loss in ("ce", "mse", "nll"))):
+            for kind in ("teacher", "contrast") if loss == "sapo" else ("contrast",):
+                self.student(self.signal(kind, loss, epoch), budget, method="student", path=f"{loss}, {kind}", kind=kind,
                              teacher=loss, at=epoch)
         several = [self.signal("contrast", loss) for loss in ("sapo", "mse", "nll")]
         self.student(erpd.combine_signals(several, [1, 1, 1], mask), budget, method="student", path="sapo + mse + nll, contrast",
-                     signal="contrast", teacher="sapo + mse + nll", at=0)
+                     kind="contrast", teacher="sapo + mse + nll", at=0)
 
     def rounds(self, start=None, method: str = "erpd rounds", before: int = 0, count: int = 3) -> None:
         """Rounds of ERPD, each from the last one's student with new problems; every KL is to the first base."""
@@ -314,7 +325,7 @@ class Bench:
         steps = torch.arange(mask.shape[1])
         chains = (first < rollouts.length) & (first > 1)  # wrong, and not a guess without working
         here, inside = steps == first[:, None], mask & chains[:, None]
-        middle = self.stage.epochs // 4
+        middle = max(1, self.stage.epochs // 4)
         signals = {f"{kind}, sapo at epoch {epoch}": self.signal(kind, "sapo", epoch)
                    for epoch in (1, middle, self.stage.epochs) for kind in ("teacher", "contrast")}
         signals |= {f"contrast, {loss}": self.signal("contrast", loss) for loss in ("ce", "mse", "nll")}
@@ -346,21 +357,18 @@ def auroc(score: Tensor, positive: Tensor) -> float:
 def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
     """Every job of a stage by name, in the order in which they build on one another."""
     stage, config = bench.stage, bench.config
-    slow, middle, fast = stage.rates
-    short = min(4, stage.epochs)
     plan: dict[str, Callable[[], object]] = {
-        "base": lambda: bench.measure(bench.base, max(stage.samples, config.limit_samples), method="base", path="base", at=0)}
+        "base": lambda: bench.measure(bench.base, max(config.test_samples, config.limit_samples), method="base", path="base", at=0)}
     for lr in stage.rates:
-        long = stage.epochs if lr == middle else short
+        long = stage.epochs if lr == config.explore_lr else bench.short("sapo")
         plan[f"sapo {lr:g}"] = lambda lr=lr, long=long: bench.explored("sapo", lr, long)
-        plan[f"nll {lr:g}"] = lambda lr=lr: bench.explored("nll", lr, short)
-        plan[f"mse {lr:g}"] = lambda lr=lr: bench.explored("mse", lr, short)
+        plan[f"nll {lr:g}"] = lambda lr=lr: bench.explored("nll", lr, bench.short("nll"))
+        plan[f"mse {lr:g}"] = lambda lr=lr: bench.explored("mse", lr, bench.short("mse"))
         if stage.everything:
             plan[f"clip {lr:g}"] = lambda lr=lr, long=long: bench.explored("clip", lr, long)
-            plan[f"ce {lr:g}"] = lambda lr=lr: bench.explored("ce", lr, short)
+            plan[f"ce {lr:g}"] = lambda lr=lr: bench.explored("ce", lr, bench.short("ce"))
             for c in STRENGTHS:
-                plan[f"clip {lr:g} KL {c:g}"] = lambda lr=lr, c=c, n=2 * short if lr == middle else 2: \
-                    bench.explored("clip", lr, n, kl_coef=c)
+                plan[f"clip {lr:g} KL {c:g}"] = lambda lr=lr, c=c, long=long: bench.explored("clip", lr, long // 2 if long > 4 else long, kl_coef=c)
             plan[f"grpo {lr:g}"] = lambda lr=lr: bench.grpo(lr, 1)
             plan[f"grpo 8× {lr:g}"] = lambda lr=lr: bench.grpo(lr, 8)
     plan["unlearned"] = lambda: bench.explored("mse", config.explore_lr, config.unlearn_epochs, reverse=True)
@@ -370,7 +378,7 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
         if stage.everything:
             plan[f"logits: {loss}"] = lambda loss=loss: bench.steps_back(loss, "logits")
     if stage.everything:
-        plan |= {"temperature": bench.temperatures, "control": bench.control, "teachers": bench.teachers,
+        plan |= {"faster explorer": bench.faster, "temperature": bench.temperatures, "control": bench.control, "teachers": bench.teachers,
                  "landing": bench.landing, "rounds": bench.rounds, "after grpo": bench.after_grpo}
     return plan
 
