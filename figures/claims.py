@@ -47,26 +47,254 @@ C7  Stage 2 costs no generation. 64 prompts: rollouts until the upper level is r
 """
 
 import argparse
+import math
 import os
+import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+import claims_figures
 import experiments
-from experiments import HERE, Stage, erpd, measured
+from experiments import HERE, Stage, erpd, kl, measured
 
 RESULTS, SCRATCH = HERE / "results" / "claims.jsonl", Path("runs") / "claims"
 EMBEDDED = str(HERE.parent / "tutorial" / "tiny_base")
+LONG_BASE = str(SCRATCH / "base-8")  # the embedded policy, taught to add eight numbers with the same habit
+LONG_RECIPE = ("--operands", "8", "--steps", "400", "--batch", "128", "--lr", "2e-3")
+LEVELS = (1 / 3, 1 / 2, 2 / 3)  # of the way from the base's accuracy to 1
+CONSTRAINED = ("clip", "clip + KL 0.05", "clip + KL 0.2", "clip + KL 1")
+OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temperature",
+             *(f"{kind}: {loss}" for kind in ("weights", "logits") for loss in ("sapo", "mse", "nll")))
+T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, by degrees of freedom
 
+
+# -------------------------------------------------------------------------------------------------------- one (stage, seed)
+
+class Outcome:
+    """The rows of a stage at one seed, and what the claims ask of them."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = [row | {"method": f"clip + KL {row['kl_coef']:g}"} if row["method"] == "clip + KL" else row for row in rows]
+        base = self.one("base")
+        self.base, self.entropy = base["accuracy"], base["entropy"]
+        self.limit = kl.least_kl(torch.tensor(base["pass_rates"]), points=2000)
+        self.levels = [self.base + share * (1 - self.base) for share in LEVELS]
+
+    def of(self, method: str, **fields) -> list[dict]:
+        return [row for row in self.rows if row["method"] == method and all(row.get(k) == v for k, v in fields.items())]
+
+    def one(self, method: str, **fields) -> dict:
+        return self.of(method, **fields)[0]
+
+    def paths(self, method: str) -> list[list[dict]]:
+        """The rows of a method path by path, each in the order in which it leads away from the base."""
+        paths: dict[str, list[dict]] = {}
+        for row in self.of(method):
+            name = row["path"] if method != "temperature" else "colder" if row["at"] < 1 else "hotter"
+            paths.setdefault(name, []).append(row)
+        return [sorted(path, key=lambda row: -row["at"] if name == "colder" else row["at"]) for name, path in paths.items()]
+
+    def best(self, *methods: str) -> float:
+        return max((row["accuracy"] for method in methods for row in self.of(method)), default=math.nan)
+
+    def kl_at(self, method: str, accuracy: float) -> float:
+        """The least KL at which a path of the method reaches an accuracy; infinite where none does."""
+        return min((kl_on_path(path, self.base, accuracy) for path in self.paths(method)), default=math.inf)
+
+    def least(self, accuracy: float) -> float:
+        """The KL of the limit at an accuracy."""
+        return interpolate(accuracy, *self.limit)
+
+    def efficiency(self, method: str, level: float) -> float:
+        return self.least(level) / self.kl_at(method, level)
+
+    def worth(self, row: dict) -> float:
+        """KL efficiency of a single policy, at the accuracy that it has."""
+        return self.least(row["accuracy"]) / row["kl"] if row["accuracy"] > self.base else 0.0
+
+
+def interpolate(x: float, xs: list[float], ys: list[float]) -> float:
+    """y at x on the line through points with rising xs; infinite beyond the last."""
+    for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:]):
+        if x0 <= x <= x1:
+            return y0 + (x - x0) / max(x1 - x0, 1e-12) * (y1 - y0)
+    return ys[0] if x < xs[0] else math.inf
+
+
+def kl_on_path(path: list[dict], start: float, accuracy: float) -> float:
+    """KL where a path from the base (accuracy `start`, KL 0) first reaches an accuracy; between points linear in √KL."""
+    reached, root = start, 0.0
+    for row in path:
+        after = math.sqrt(max(0.0, row["kl"]))
+        if reached < accuracy <= row["accuracy"]:
+            return (root + (accuracy - reached) / (row["accuracy"] - reached) * (after - root)) ** 2
+        reached, root = row["accuracy"], after
+    return math.inf
+
+
+# ----------------------------------------------------------------------------------------------------------- the verdicts
+
+class Statistic(NamedTuple):
+    claim: str
+    what: str
+    values: list[float]  # by seed
+    above: bool  # which side of the threshold is asked for
+    threshold: float
+
+    def interval(self) -> tuple[float, float]:
+        """(mean, half the width of its 95 % interval over seeds)."""
+        return mean_interval(self.values)
+
+    def met(self) -> bool:
+        mean, half = self.interval()
+        return mean - half > self.threshold if self.above else mean + half < self.threshold
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), T95[min(len(x) - 1, 9)] * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
+
+
+def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
+    """Every statistic of the docstring, from the outcomes of all seeds of a stage."""
+    found: list[Statistic] = []
+    few, many = by_stage["64 prompts"], by_stage.get("256 prompts", [])
+
+    def ask(claim: str, what: str, value: Callable[[Outcome], float], above: bool, threshold: float, of=None) -> None:
+        if of or few:
+            found.append(Statistic(claim, what, [value(outcome) for outcome in of or few], above, threshold))
+
+    def explorer(o: Outcome, method: str = "sapo", path: str = "lr 3e-05") -> list[dict]:
+        return sorted(o.of(method, path=path), key=lambda row: row["at"])
+
+    def peak(rows: list[dict]) -> dict:
+        return max(rows, key=lambda row: row["accuracy"])
+
+    ask("C1", "a  best accuracy of epochs 1–4 less the base's",
+        lambda o: peak([r for r in explorer(o) if r["at"] <= 4])["accuracy"] - o.base, True, 0.10)
+    ask("C1", "b  best accuracy less the last", lambda o: peak(explorer(o))["accuracy"] - explorer(o)[-1]["accuracy"], True, 0.05)
+    ask("C1", "c  KL at the last epoch over KL at the best", lambda o: explorer(o)[-1]["kl"] / peak(explorer(o))["kl"], True, 2)
+    ask("C1", "d  entropy at the last epoch over the base's", lambda o: explorer(o)[-1]["entropy"] / o.entropy, False, 0.5)
+
+    ask("C2", "a  best of SAPO less best of clip + KL 1", lambda o: o.best("sapo") - o.best("clip + KL 1"), True, 0)
+    ask("C2", "b  best of SAPO less best of clip", lambda o: o.best("sapo") - o.best("clip"), True, 0)
+
+    def kept(o: Outcome, rows: list[dict]) -> float:
+        return o.worth(rows[-1]) / max(o.worth(row) for row in rows)
+
+    ask("C2", "c  efficiency of clip, last epoch over best", lambda o: kept(o, explorer(o, "clip")), False, 0.5)
+    ask("C2", "d  efficiency of clip + KL 0.2, last epoch over best",
+        lambda o: kept(o, explorer(o, "clip + KL 0.2", "lr 3e-05, KL 0.2")), False, 0.5)
+
+    for size, outcomes in (("64", few), ("256", many)):
+        claim = f"C3, {size} prompts"
+        if not outcomes:
+            continue
+        ladders = [("erpd", "lr 3e-05")] + [("erpd, faster explorer", "lr 0.0001")] * (size == "64")
+        for method, path in ladders:
+            ask(claim, f"a  student's KL over its explorer's ({path}), at the explorer's best",
+                lambda o, method=method, path=path: o.kl_at(method, peak(explorer(o, path=path))["accuracy"])
+                / peak(explorer(o, path=path))["kl"], False, 1 / 3, outcomes)
+        for method in CONSTRAINED:
+            if outcomes[0].of(method):
+                ask(claim, f"b  ceiling: best student less best of {method}",
+                    lambda o, method=method: o.best("erpd") - o.best(method), True, 0, outcomes)
+        for k, name in enumerate(("1/3", "1/2", "2/3")):
+            ask(claim, f"c  KL efficiency {name} of the way", lambda o, k=k: o.efficiency("erpd", o.levels[k]), True, 0.7, outcomes)
+        ask(claim, "c  KL efficiency at the best level", lambda o: max(o.efficiency("erpd", a) for a in o.levels), True, 0.85, outcomes)
+        for k, name in enumerate(("1/3", "1/2", "2/3")):
+            leads = {method: [o.efficiency("erpd", o.levels[k]) - o.efficiency(method, o.levels[k]) for o in outcomes]
+                     for method in OPPONENTS if outcomes[0].of(method)}
+            closest = min(leads, key=lambda method: mean_interval(leads[method])[0])
+            found.append(Statistic(claim, f"d  {name} of the way, less the closest opponent's ({closest})", leads[closest], True, 0))
+
+    def student(o: Outcome, path: str, **more) -> dict:
+        return o.one("student", path=path, **more)
+
+    last = max((row["at"] for o in few for row in explorer(o)), default=16)
+    ask("C4", "a  student of the unlearned policy less the base", lambda o: student(o, "unlearned")["accuracy"] - o.base, True, 0.10)
+    ask("C4", "b  … less its teacher",
+        lambda o: student(o, "unlearned")["accuracy"] - max(o.of("unlearned"), key=lambda r: r["at"])["accuracy"], True, 0)
+    ask("C4", "c  student of the explorer after its last epoch less the base",
+        lambda o: student(o, "sapo, contrast", at=last)["accuracy"] - o.base, True, 0.10)
+    ask("C4", "d  … less its teacher", lambda o: student(o, "sapo, contrast", at=last)["accuracy"] - explorer(o)[-1]["accuracy"], True, 0)
+    ask("C4", "e  efficiency at 1/2, less that of Â in place of s_t",
+        lambda o: o.efficiency("erpd", o.levels[1]) - o.efficiency("control", o.levels[1]), True, 0)
+
+    for loss in ("sapo", "mse", "nll"):
+        ask("C5", f"efficiency of sapo + mse + nll less that of {loss} alone",
+            lambda o, loss=loss: o.worth(student(o, "sapo + mse + nll, contrast"))
+            - o.worth(max(o.of("student", path=f"{loss}, contrast"), key=lambda r: r["at"])), True, 0)
+
+    def rounds(o: Outcome) -> list[float]:
+        return [row["accuracy"] for row in sorted(o.of("erpd rounds"), key=lambda r: r["at"])]
+
+    def long_grpo(o: Outcome) -> list[dict]:
+        return max(o.paths("grpo 8×"), key=lambda path: path[-1]["accuracy"])
+
+    ask("C6", "a  round 2 less round 1", lambda o: rounds(o)[1] - rounds(o)[0], True, 0)
+    ask("C6", "b  round 3 less round 2", lambda o: rounds(o)[2] - rounds(o)[1], True, 0)
+    ask("C6", "c  gain of ERPD after GRPO less GRPO's over its last half",
+        lambda o: o.one("grpo, then erpd")["accuracy"] - 2 * long_grpo(o)[-1]["accuracy"] + long_grpo(o)[-2]["accuracy"], True, 0)
+
+    def rollouts_until(o: Outcome, level: float) -> float:
+        """Rollouts until GRPO reaches an accuracy, at its best learning rate; all of them where it does not."""
+        needed = []
+        for path in o.paths("grpo 8×"):
+            known = [(0, o.base)] + [(row["rollouts"], row["accuracy"]) for row in path]
+            needed.append(next((n0 + (level - a0) / (a1 - a0) * (n1 - n0) for (n0, a0), (n1, a1) in zip(known, known[1:])
+                                if a0 < level <= a1), known[-1][0]))
+        return min(needed)
+
+    ask("C7", "rollouts to 2/3 of the way, ERPD's over GRPO's",
+        lambda o: (o.one("erpd", at=0.1)["rollouts"] if o.best("erpd") >= o.levels[2] else math.inf)
+        / rollouts_until(o, o.levels[2]), False, 0.5)
+    return found
+
+
+def report(by_stage: dict[str, list[Outcome]]) -> str:
+    lines, found = [], statistics(by_stage)
+    lines.append(f"{'claim':16} {'statistic':76} {'mean':>7} {'95 % interval':>17} {'asked':>8}")
+    for s in found:
+        mean, half = s.interval()
+        lines.append(f"{s.claim:16} {s.what:76} {mean:7.3f} {mean - half:8.3f} –{mean + half:7.3f} "
+                     f"{'>' if s.above else '<'} {s.threshold:<5.3g} {'met' if s.met() else 'missed'}")
+    lines.append("")
+    for claim in dict.fromkeys(s.claim for s in found):
+        met = [s.met() for s in found if s.claim == claim]
+        verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
+        seeds = len(next(s for s in found if s.claim == claim).values)
+        lines.append(f"{claim:16} {verdict:14} {sum(met)} of {len(met)} statistics, {seeds} seeds")
+    for name, outcomes in by_stage.items():
+        lines.append(f"\n{name}, {len(outcomes)} seeds: KL efficiency 1/3, 1/2 and 2/3 of the way, and the best accuracy on the way")
+        lines.append(f"{'base':22} {'':46} {percent([o.base for o in outcomes])}")
+        for method in ("erpd", "erpd, faster explorer", "control", *OPPONENTS):
+            if all(o.of(method) for o in outcomes):
+                shares = ["{:.2f} ± {:.2f}".format(*mean_interval([o.efficiency(method, o.levels[k]) for o in outcomes])) for k in range(3)]
+                lines.append(f"{method:22} {'  '.join(f'{share:>13}' for share in shares)}   {percent([o.best(method) for o in outcomes])}")
+    return "\n".join(lines)
+
+
+def percent(values: list[float]) -> str:
+    mean, half = mean_interval(values)
+    return f"{mean:6.1%} ± {half:.1%}"
+
+
+# ------------------------------------------------------------------------------------------------------------ what is run
 
 def stage(name: str, prompts: int, seed: int, **more) -> Stage:
     """Sixteen updates an epoch at every size; the distiller takes more passes where they are short."""
-    settings = {key: more.pop(key) for key in ("operands", "model") if key in more}
+    settings = {key: more.pop(key) for key in ("operands", "model", "max_new_tokens", "test_problems", "limit_samples", "curve_samples")
+                if key in more}
     config = erpd.Config(**{"model": EMBEDDED} | settings, problems=prompts, seed=seed, explore_batch=prompts,
                          distill_batch=min(64, prompts), distill_epochs=4 if prompts > 64 else 8)
     return Stage(name, config, nll_epochs=4 if prompts > 64 else 8, **more)
@@ -75,24 +303,69 @@ def stage(name: str, prompts: int, seed: int, **more) -> Stage:
 def stages() -> list[Stage]:
     full = [stage("64 prompts", 64, seed) for seed in range(5)]
     frontier = [stage("256 prompts", 256, seed, everything=False) for seed in range(5)]
-    return full + frontier
+    cells = [stage(name, 64, seed, everything=False, **more) for seed in range(2) for name, more in {
+        "3 carries": {"carries": (3,), "scale": 2.0}, "2 carries": {"carries": (2,), "scale": 1.5},
+        "at most 1 carry": {"carries": (0, 1), "scale": 0.7}, "2 operands": {"operands": 2, "scale": 0.5},
+        "8 operands": {"operands": 8, "scale": 2.0, "max_new_tokens": 128, "model": LONG_BASE}}.items()]
+    cells += [stage("16 prompts", 16, seed, everything=False) for seed in range(2)]
+    return full + frontier + cells
+
+
+def quick_stage() -> Stage:
+    """All jobs of the first stage at a tenth of the size."""
+    few = replace(stage("64 prompts", 64, 0), epochs=4, nll_epochs=4)
+    return replace(few, config=replace(few.config, problems=6, explore_batch=16, distill_batch=16, distill_epochs=2, unlearn_epochs=2,
+                                       test_problems=24, limit_samples=16))
 
 
 def work(stage: Stage, results: Path, folder: Path) -> str:
-    """In a process of its own: one stage on one core (or on the GPU)."""
+    """In a process of its own: one stage on one core, or on the GPU."""
     torch.set_num_threads(1)
     experiments.run_stage(stage, results, folder, told=lambda job: print(f"{stage.key}: {job}", file=sys.stderr))
     return stage.key
 
 
 def run(wanted: list[Stage], results: Path, folder: Path, workers: int) -> None:
-    results.parent.mkdir(exist_ok=True)
-    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    """Run what is missing of the stages, `workers` side by side."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # read by the processes that start here
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = [pool.submit(work, stage, results, folder) for stage in wanted]
         for future in as_completed(futures):
             print("done", future.result(), flush=True)
 
 
+def outcomes(results: Path) -> dict[str, list[Outcome]]:
+    """The outcomes by stage; a seed counts once its jobs are all there."""
+    found: dict[tuple, list[dict]] = {}
+    for row in measured(results):
+        found.setdefault((row["stage"], row["seed"]), []).append(row)
+    by_stage: dict[str, list[Outcome]] = {}
+    for (name, _), rows in sorted(found.items(), key=lambda item: item[0][1]):
+        done = {row["job"] for row in rows}
+        if {"weights: mse"} | ({"after grpo"} if name == "64 prompts" else set()) <= done:
+            by_stage.setdefault(name, []).append(Outcome(rows))
+    return by_stage
+
+
+# ------------------------------------------------------------------------------------------------------- the command line
+
 if __name__ == "__main__":
-    run(stages(), RESULTS, SCRATCH, 2)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="re-draw, and run one seed at a tenth of the size in a scratch folder")
+    parser.add_argument("--only", nargs="*", help="stages to run, by name; none at all: draw and judge what is there")
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1)),
+                        help="stages side by side")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        with TemporaryDirectory() as scratch:
+            run([quick_stage()], Path(scratch) / "claims.jsonl", Path(scratch), 1)
+            print(report(outcomes(Path(scratch) / "claims.jsonl")))
+    else:
+        wanted = [s for s in stages() if arguments.only is None or s.name in arguments.only]
+        if any(s.config.model == LONG_BASE for s in wanted) and not Path(LONG_BASE).exists():
+            subprocess.run([sys.executable, str(HERE.parent / "tutorial" / "pretrain.py"), "--init", EMBEDDED, *LONG_RECIPE, "--out", LONG_BASE],
+                           check=True)
+        run(wanted, RESULTS, SCRATCH, arguments.workers)
+        print(report(outcomes(RESULTS)))
+    claims_figures.draw(outcomes(RESULTS))

@@ -7,6 +7,8 @@ line each with all its settings, and a job that has rows is not run again.
 """
 
 import json
+import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -41,8 +43,8 @@ class Stage:
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)  # learning rates of every direct method
     epochs: int = 16  # of the explorer, and of clipping beside it
     nll_epochs: int = 4
+    scale: float = 1.0  # of ERPD's budgets, where the limit lies further out or nearer
     everything: bool = True  # False: the frontier alone
-    seeds: int = 5
 
     @property
     def key(self) -> str:
@@ -254,7 +256,7 @@ class Bench:
 
     def ladder(self) -> None:
         for budget in BUDGETS:
-            self.student(self.signal(), budget, method="erpd", path="sapo, contrast")
+            self.student(self.signal(), self.stage.scale * budget, method="erpd", path="sapo, contrast")
 
     def faster(self) -> None:
         """The same from an explorer with the next learning rate, which drifts further."""
@@ -344,6 +346,102 @@ class Bench:
              "signal": [round(v, 3) for v in contrast[i, :rollouts.length[i]].tolist()]} for i in shown]})
 
 
+    # ---------------------------------------------------------------------------------------------- where the KL goes
+
+    def split(self) -> None:
+        """The KL of policies of like accuracy, nats a completion, by what stood before the token and by s_t of the token."""
+        weights = self.explored("sapo", self.config.explore_lr, self.stage.epochs, tell=False)[self.stage.epochs]
+        unlearned = self.explored("mse", self.config.explore_lr, self.config.unlearn_epochs, reverse=True, tell=False)
+        drifted = [self.revive(weights), self.revive(unlearned[self.config.unlearn_epochs])]
+        config = replace(self.config, kl_budget=BUDGETS[2])
+        student = erpd.distill(self.base, self.rollouts, self.signal(), config, seed=self.config.seed * 1000 + 1)
+        policies = {"ERPD student": student}
+        for loss in ("nll", "sapo"):
+            model, what = self.best_of(loss)
+            policies |= {what: model, f"{what}, weights halfway": kl.interpolated(self.base, model, 0.5)}
+        for name, policy in policies.items():
+            rollouts = self.collect(policy, self.held_out, self.config.seed)
+            figures = [rollout.score(model, rollouts) for model in drifted]
+            signal = erpd.normalised(figures[0] - figures[1], rollouts.mask)
+            spent = self.spent(policy, rollouts)
+            sums: dict[str, float] = {}
+            for kinds, kls, s in zip(self.token_kinds(rollouts), spent.tolist(), signal.tolist()):
+                for kind, k, a in zip(kinds, kls, s):
+                    size = "|s| < 0.25" if abs(a) < 0.25 else "s ≥ 0.25" if a > 0 else "s ≤ −0.25"
+                    for key in (kind, size):
+                        sums[key] = sums.get(key, 0.0) + k / len(rollouts)
+            self.rows.append({"method": "split", "path": name, "at": 0, "accuracy": rollouts.rewards.mean().item(),
+                              "kl": spent.sum().item() / len(rollouts), "split": {k: round(v, 5) for k, v in sums.items()}})
+        self.ideal_split(next(r["accuracy"] for r in self.rows if r["method"] == "split" and r["path"] == "ERPD student"))
+
+    @torch.no_grad()
+    def spent(self, policy, rollouts: rollout.Rollouts) -> Tensor:
+        """Exact KL(π‖π_0) [B, T] at every prefix."""
+        out = torch.zeros_like(rollouts.log_probs)
+        for rows in rollout.by_tokens(rollouts.total_length, self.config.tokens_per_step):
+            part = rollouts.select(rows).to(self.base.device)
+            figures = rollout.completion_figures(policy, part, self.config.temperature, reference=self.base)
+            out[rows, :part.log_probs.shape[1]] = figures.kl.cpu()
+        return out
+
+    def token_kinds(self, rollouts: rollout.Rollouts) -> list[list[str]]:
+        firsts = self.first_wrong(rollouts, self.held_out).tolist()
+        return [token_kinds(text, first) for text, first in zip(rollout.completion_texts(self.policy[1], rollouts), firsts)]
+
+    def ideal_split(self, accuracy: float) -> None:
+        """The same of the least-KL policy of an accuracy: π_0's own samples, right ones weighed by e^λ.
+
+        A problem's samples form a tree of prefixes, in which the policy's conditionals, and so its KL at every prefix, follow
+        from the weights below it: the parts add up to its KL exactly.
+        """
+        rollouts = self.collect(self.base, self.held_out, self.config.seed)
+        ids, lengths, groups = rollouts.completions.tolist(), rollouts.length.tolist(), rollouts.groups.tolist()
+        rates = torch.zeros(len(self.held_out)).index_add(0, rollouts.groups, rollouts.rewards) / self.config.group
+        low, high = 0.0, 20.0
+        for _ in range(60):
+            tilt = (low + high) / 2
+            got = (rates * torch.e ** tilt / (1 - rates + rates * torch.e ** tilt)).mean().item()
+            low, high = (tilt, high) if got < accuracy else (low, tilt)
+        weight: dict[tuple, float] = {}
+        count: dict[tuple, int] = {}
+        for row, n, g, r in zip(ids, lengths, groups, rollouts.rewards.tolist()):
+            for t in range(n + 1):
+                node = (g, *row[:t])
+                weight[node] = weight.get(node, 0.0) + float(torch.e) ** (tilt * r)
+                count[node] = count.get(node, 0) + 1
+        sums: dict[str, float] = {}
+        seen, kind_of = set(), {}
+        for row, n, g, kinds in zip(ids, lengths, groups, self.token_kinds(rollouts)):
+            for t in range(n):
+                parent, child = (g, *row[:t]), (g, *row[:t + 1])
+                if child not in seen:  # every edge of the tree once
+                    seen.add(child)
+                    q, p = weight[child] / weight[parent], count[child] / count[parent]
+                    part = weight[parent] / weight[(g,)] * q * math.log(q / p) / len(self.held_out)
+                    kind = kind_of.setdefault(parent, kinds[t])
+                    sums[kind] = sums.get(kind, 0.0) + part
+        self.rows.append({"method": "split", "path": "the limit's policy", "at": 0, "accuracy": got, "kl": sum(sums.values()),
+                          "split": {k: round(v, 5) for k, v in sums.items()}})
+
+
+def token_kinds(text: str, first_wrong: int) -> list[str]:
+    """For every character of a completion, and its end: what is written there, and whether the chain was still right.
+
+    "sum, carry": a digit of a step's sum whose units carry, where the base's habit strikes.
+    """
+    kinds = []
+    for line in text.splitlines(keepends=True):
+        step = re.match(r"(\d+)\+(\d+)=", line)
+        carry = bool(step) and int(step[1]) % 10 + int(step[2]) % 10 >= 10
+        for i, character in enumerate(line):
+            if step and i >= step.end() and character.isdigit():
+                kinds.append("sum, carry" if carry else "sum, no carry")
+            else:
+                kinds.append("copied digit" if character.isdigit() else "structure")
+    kinds.append("end")
+    return [f"{kind}, {'right so far' if t <= first_wrong else 'already wrong'}" for t, kind in enumerate(kinds)]
+
+
 def auroc(score: Tensor, positive: Tensor) -> float:
     """Chance that a positive scores higher than a negative, ties counted half (Mann and Whitney)."""
     values, order = score.double().sort()
@@ -379,7 +477,7 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
             plan[f"logits: {loss}"] = lambda loss=loss: bench.steps_back(loss, "logits")
     if stage.everything:
         plan |= {"faster explorer": bench.faster, "temperature": bench.temperatures, "control": bench.control, "teachers": bench.teachers,
-                 "landing": bench.landing, "rounds": bench.rounds, "after grpo": bench.after_grpo}
+                 "landing": bench.landing, "split": bench.split, "rounds": bench.rounds, "after grpo": bench.after_grpo}
     return plan
 
 

@@ -76,11 +76,12 @@ def pretrain(args) -> None:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = character_tokenizer()
-    model = Qwen3ForCausalLM(Qwen3Config(
+    model = Qwen3ForCausalLM.from_pretrained(args.init) if args.init else Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width,
         num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=2, head_dim=args.width // 4,
         max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(device)
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
     bar = tqdm(range(args.steps), desc=f"pretraining {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -103,6 +104,7 @@ def pretrain(args) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(Path(__file__).parent / "tiny_base"), help="folder to write")
+    parser.add_argument("--init", default="", help="checkpoint folder to go on from, in place of a fresh model")
     parser.add_argument("--operands", type=int, default=4, help="longest chain")
     parser.add_argument("--slip", type=float, default=0.6, help="probability that a step drops the carry it has")
     parser.add_argument("--guess", type=float, default=0.05, help="probability of answering without working")
