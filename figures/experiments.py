@@ -275,7 +275,8 @@ class Bench:
         """Students of teachers from strong to collapsed, by every signal, at one budget; and of several teachers."""
         mask, budget = self.rollouts.mask, BUDGETS[2]
         self.student(self.signal("unlearned"), budget, method="student", path="unlearned", kind="unlearned", at=0)
-        for loss, epoch in (("sapo", 1), ("sapo", 4), ("sapo", self.stage.epochs), *((loss, self.short(loss)) for loss in ("ce", "mse", "nll"))):
+        epochs = sorted({1, max(1, self.stage.epochs // 4), self.stage.epochs})
+        for loss, epoch in [("sapo", e) for e in epochs] + [(loss, self.short(loss)) for loss in ("ce", "mse", "nll")]:
             for kind in ("teacher", "contrast") if loss == "sapo" else ("contrast",):
                 self.student(self.signal(kind, loss, epoch), budget, method="student", path=f"{loss}, {kind}", kind=kind,
                              teacher=loss, at=epoch)

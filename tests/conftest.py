@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the network
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tutorial")]
+sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in (".", "tutorial", "figures")]
 
 import pytest
 import torch

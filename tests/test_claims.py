@@ -1,0 +1,112 @@
+"""The judge of the claims, figures/claims.py, and the policies that its opponents need."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import claims
+import experiments
+import rollout
+from conftest import EOS
+
+
+def test_a_combined_policy_is_the_normalised_product(make_model, device):
+    """Decoding between two policies with logits that were not normalised first, or with one cache for both."""
+    first, second = make_model("qwen3", 0), make_model("qwen3", 1)
+    prompts, settings = [[5, 6, 7], [8, 9]], {"max_new_tokens": 6, "temperature": 1.0, "stop": [EOS], "pad_id": EOS, "seed": 4}
+    alone = rollout.sample(first, prompts, 3, **settings)
+    assert torch.equal(rollout.sample(experiments.Combined([first], [1.0]), prompts, 3, **settings).ids, alone.ids)
+    mixed = experiments.Combined([first, second], [0.3, 0.7])
+    drawn = rollout.sample(mixed, prompts, 3, **settings)
+    part = drawn.to(device)
+    logits = [m(input_ids=part.ids[:, :-1]).logits.float().log_softmax(-1) for m in (first, second)]
+    expected = (0.3 * logits[0] + 0.7 * logits[1]).log_softmax(-1)
+    log_probs = expected.gather(2, part.ids[:, 1:, None])[..., 0].gather(1, part.completion_positions - 1) * part.mask
+    torch.testing.assert_close(part.log_probs, log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_kl_between_a_combined_policy_and_a_plain_one(make_model, device):
+    """One of the two has an output layer that is gone through in blocks and the other has logits."""
+    model = make_model("qwen3")
+    colder = experiments.Combined([model], [2.0])
+    rollouts = rollout.sample(colder, [[5, 6, 7]], 4, max_new_tokens=5, temperature=1.0, stop=[EOS], pad_id=EOS, seed=1).to(device)
+    figures = rollout.completion_figures(colder, rollouts, reference=model)
+    mask = rollouts.mask.bool()
+    log_q = model(input_ids=rollouts.ids[:, :-1]).logits.float().log_softmax(-1)
+    log_p = (2 * log_q).log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).gather(1, rollouts.completion_positions - 1)
+    torch.testing.assert_close(figures.kl[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    there = rollout.completion_figures(model, rollouts, reference=colder).kl
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).gather(1, rollouts.completion_positions - 1)
+    torch.testing.assert_close(there[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
+def row(method: str, accuracy: float, kl: float, **more) -> dict:
+    return {"method": method, "path": method, "at": 1, "accuracy": accuracy, "kl": kl, "entropy": 0.1} | more
+
+
+def outcome(*rows: dict) -> claims.Outcome:
+    rates = torch.linspace(0.05, 0.6, 40).tolist()
+    base = row("base", sum(rates) / len(rates), 0.0, pass_rates=rates)
+    return claims.Outcome([base, *rows])
+
+
+def test_a_policy_on_the_limit_has_efficiency_one_and_twice_its_kl_half():
+    limit = outcome()
+    points = [(a, limit.least(a)) for a in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
+    o = outcome(*(row("erpd", a, k, at=a) for a, k in points), *(row("nll", a, 2 * k, at=a) for a, k in points))
+    assert all(abs(o.efficiency("erpd", a) - 1) < 0.02 for a in o.levels)
+    assert all(abs(o.efficiency("nll", a) - 0.5) < 0.01 for a in o.levels)
+    assert o.worth(o.of("erpd")[2]) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_kl_at_a_level_is_that_of_the_first_crossing():
+    """A path that rises, collapses and rises again is judged where it first gets there; a level it never reaches is infinite."""
+    path = [row("sapo", a, k) for a, k in ((0.5, 0.04), (0.3, 4.0), (0.7, 9.0))]
+    assert claims.kl_on_path(path, 0.3, 0.5) == pytest.approx(0.04)
+    assert claims.kl_on_path(path, 0.3, 0.4) == pytest.approx(0.01)  # half the way in √KL
+    assert claims.kl_on_path(path, 0.3, 0.6) == pytest.approx((2 + 0.75 * 1) ** 2)
+    assert claims.kl_on_path(path, 0.3, 0.8) == math.inf
+
+
+def test_a_statistic_is_met_only_with_its_whole_interval():
+    assert claims.Statistic("C", "", [0.5, 0.6, 0.7, 0.6, 0.6], True, 0.5).met()
+    assert not claims.Statistic("C", "", [0.1, 0.6, 1.7, 0.6, 0.6], True, 0.5).met()
+    assert claims.Statistic("C", "", [0.2, 0.21, 0.2, 0.2, 0.2], False, 0.33).met()
+    assert not claims.Statistic("C", "", [0.2], False, 0.33).met()  # one seed proves nothing
+
+
+def test_auroc_counts_pairs():
+    torch.manual_seed(0)
+    score, positive = torch.randint(0, 6, (60,)).float(), torch.rand(60) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[positive].tolist() for b in score[~positive].tolist()]
+    assert experiments.auroc(score, positive) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_token_kinds_follow_the_chain():
+    text = "\n12+19=21\n21+30=51\nSo \\boxed{51}."
+    kinds = experiments.token_kinds(text, first_wrong=7)
+    assert len(kinds) == len(text) + 1
+    assert kinds[7] == "sum, carry, right so far" and kinds[8] == "sum, carry, already wrong"
+    assert kinds[text.index("51")] == "sum, no carry, already wrong" and kinds[-1] == "end, already wrong"
+    assert experiments.carries("12+19+30=") == 1 and experiments.carries("19+19+19=") == 2
+
+
+def test_all_jobs_run_and_a_second_start_runs_none(tmp_path):
+    """A job that is never reached in a short session; rows that are written twice after a stop."""
+    stage = claims.quick_stage()
+    config = claims.replace(stage.config, problems=4, group=8, test_problems=4, test_samples=2, curve_samples=2, limit_samples=4)
+    stage = claims.replace(stage, config=config, epochs=2, nll_epochs=2, rates=(3e-5, 1e-4))
+    results, told = tmp_path / "claims.jsonl", []
+    experiments.run_stage(stage, results, tmp_path, told.append)
+    lines = results.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["job"] for row in rows} == set(told) and all(row["settings"]["problems"] == 4 for row in rows)
+    ideal = next(row for row in rows if row["path"] == "the limit's policy")
+    assert ideal["kl"] == pytest.approx(sum(ideal["split"].values()), abs=1e-3) and min(ideal["split"].values()) > -1e-4
+    experiments.run_stage(stage, results, tmp_path)
+    assert results.read_text().splitlines() == lines
+    for values in claims.statistics(claims.outcomes(results)):
+        assert len(values.values) == 1
