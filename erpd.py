@@ -386,6 +386,12 @@ def teach(base, rollouts: Rollouts, config: Config, seed: int, watch: Callable, 
     return combine_signals(signals, [weight for _, weight in config.teachers], rollouts.mask)
 
 
+def autocast(config: Config, device: torch.device):
+    """The context of all computing: bf16 over fp32 weights where `precision` says so."""
+    bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)  # weights change between passes
+
+
 def run(config: Config) -> list[dict]:
     """Rounds of ERPD, or a direct method. Writes runs/NAME/ as it goes and returns the rows of its metrics.jsonl."""
     folder = Path("runs") / config.run
@@ -419,8 +425,7 @@ def run(config: Config) -> list[dict]:
             return measure(name, model, config.curve_samples, **{unit: count}) if due else {}
         return after
 
-    bf16 = config.precision == "bf16" or config.precision == "auto" and origin.device.type == "cuda"
-    with torch.autocast(origin.device.type, torch.bfloat16, bf16, cache_enabled=False):  # weights change between passes
+    with autocast(config, origin.device):
         try:
             measure("base", base, max(config.test_samples, config.limit_samples))
             if config.method == "grpo":

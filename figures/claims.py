@@ -47,8 +47,10 @@ C7  Stage 2 costs no generation. 64 prompts: rollouts until the upper level is r
 """
 
 import argparse
+import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,8 +70,8 @@ from experiments import HERE, Stage, erpd, kl, measured
 
 RESULTS, SCRATCH = HERE / "results" / "claims.jsonl", Path("runs") / "claims"
 EMBEDDED = str(HERE.parent / "tutorial" / "tiny_base")
-LONG_BASE = str(SCRATCH / "base-8")  # the embedded policy, taught to add eight numbers with the same habit
-LONG_RECIPE = ("--operands", "8", "--steps", "400", "--batch", "128", "--lr", "2e-3")
+LONG_BASE = str(SCRATCH / "base-8")  # the embedded policy, taught to add eight numbers with half the habit
+LONG_RECIPE = ("--operands", "8", "--slip", "0.3", "--steps", "1200", "--batch", "96", "--lr", "2e-3")
 LEVELS = (1 / 3, 1 / 2, 2 / 3)  # of the way from the base's accuracy to 1
 CONSTRAINED = ("clip", "clip + KL 0.05", "clip + KL 0.2", "clip + KL 1")
 OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temperature",
@@ -300,13 +302,41 @@ def stage(name: str, prompts: int, seed: int, **more) -> Stage:
     return Stage(name, config, nll_epochs=4 if prompts > 64 else 8, **more)
 
 
+def scaled(factor: float) -> tuple[float, ...]:
+    """ERPD's budgets where the limit lies further out, or nearer, than in the main stage."""
+    return tuple(factor * budget for budget in experiments.BUDGETS)
+
+
+def sums(folder: Path) -> tuple[str, str]:
+    """Files of one-digit sums to train on (40 pairs of digits) and to test on (15 others), each pair in both orders."""
+    pairs = [(a, b) for a in range(10) for b in range(a, 10)]
+    random.Random(0).shuffle(pairs)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, some in ("train", pairs[:40]), ("test", pairs[40:]):
+        both = [(a, b) for a, b in some] + [(b, a) for a, b in some if a != b]
+        paths.append(folder / f"sums-{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps({"question": f"What is {a} + {b}?", "answer": str(a + b)}) + "\n" for a, b in both))
+    return str(paths[0]), str(paths[1])
+
+
+def language_model(model: str) -> list[Stage]:
+    """The frontier, smaller, on a chat model with one-digit sums."""
+    train, test = sums(SCRATCH)
+    return [Stage("SmolLM2", erpd.Config(
+        model=model, data=train, test_data=test, template="{question} Reply with the number only.", seed=seed, problems=24, group=8,
+        max_new_tokens=24, test_problems=27, test_samples=8, curve_samples=8, limit_samples=16, explore_lr=1e-5, explore_batch=16,
+        unlearn_epochs=1, distill_lr=2e-5, distill_batch=16, distill_epochs=2, tokens_per_step=1100, sample_rows=256, precision="bf16"),
+        rates=(1e-5,), epochs=4, nll_epochs=4, everything=False, losses=("sapo", "nll"), budgets=(0.3, 0.8, 1.5, 3.0)) for seed in range(2)]
+
+
 def stages() -> list[Stage]:
     full = [stage("64 prompts", 64, seed) for seed in range(5)]
     frontier = [stage("256 prompts", 256, seed, everything=False) for seed in range(5)]
     cells = [stage(name, 64, seed, everything=False, **more) for seed in range(2) for name, more in {
-        "3 carries": {"carries": (3,), "scale": 2.0}, "2 carries": {"carries": (2,), "scale": 1.5},
-        "at most 1 carry": {"carries": (0, 1), "scale": 0.7}, "2 operands": {"operands": 2, "scale": 0.5},
-        "8 operands": {"operands": 8, "scale": 2.0, "max_new_tokens": 128, "model": LONG_BASE}}.items()]
+        "3 carries": {"carries": (3,), "budgets": scaled(2.0)}, "2 carries": {"carries": (2,), "budgets": scaled(1.5)},
+        "at most 1 carry": {"carries": (0, 1), "budgets": scaled(0.7)}, "2 operands": {"operands": 2, "budgets": scaled(0.5)},
+        "8 operands": {"operands": 8, "budgets": scaled(1.0), "max_new_tokens": 128, "model": LONG_BASE}}.items()]
     cells += [stage("16 prompts", 16, seed, everything=False) for seed in range(2)]
     return full + frontier + cells
 
@@ -343,7 +373,7 @@ def outcomes(results: Path) -> dict[str, list[Outcome]]:
     by_stage: dict[str, list[Outcome]] = {}
     for (name, _), rows in sorted(found.items(), key=lambda item: item[0][1]):
         done = {row["job"] for row in rows}
-        if {"weights: mse"} | ({"after grpo"} if name == "64 prompts" else set()) <= done:
+        if {"weights: nll", "weights: sapo"} | ({"after grpo"} if name == "64 prompts" else set()) <= done:
             by_stage.setdefault(name, []).append(Outcome(rows))
     return by_stage
 
@@ -354,6 +384,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="re-draw, and run one seed at a tenth of the size in a scratch folder")
     parser.add_argument("--only", nargs="*", help="stages to run, by name; none at all: draw and judge what is there")
+    parser.add_argument("--model", default="", help="SmolLM2-135M-Instruct's folder or hub name, for its own small frontier")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1)),
                         help="stages side by side")
     arguments = parser.parse_args()
@@ -362,7 +393,8 @@ if __name__ == "__main__":
             run([quick_stage()], Path(scratch) / "claims.jsonl", Path(scratch), 1)
             print(report(outcomes(Path(scratch) / "claims.jsonl")))
     else:
-        wanted = [s for s in stages() if arguments.only is None or s.name in arguments.only]
+        every = stages() + (language_model(arguments.model) if arguments.model else [])
+        wanted = [s for s in every if arguments.only is None or s.name in arguments.only]
         if any(s.config.model == LONG_BASE for s in wanted) and not Path(LONG_BASE).exists():
             subprocess.run([sys.executable, str(HERE.parent / "tutorial" / "pretrain.py"), "--init", EMBEDDED, *LONG_RECIPE, "--out", LONG_BASE],
                            check=True)

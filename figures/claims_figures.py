@@ -115,6 +115,28 @@ def frontier(by_stage: dict) -> None:
     save(figure, "frontier.png")
 
 
+def language_model(by_stage: dict) -> None:
+    """Every measured policy of the chat model, by seed: two seeds give no band worth drawing."""
+    outcomes = by_stage["SmolLM2"]
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for o in outcomes:
+        first = o is outcomes[0]
+        axes.plot(o.limit[1], o.limit[0], color="black", linewidth=1, linestyle=(0, (4, 2)), label="the limit" if first else None)
+        for method, (colour, marker, line, label) in LOOKS.items():
+            for path in o.paths(method):
+                axes.plot([0, *(row["kl"] for row in path)], [o.base, *(row["accuracy"] for row in path)], color=colour, marker=marker,
+                          linestyle=line, linewidth=1 + (method == "erpd"), markersize=5, label=label if first else None)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xlim(0, 6)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (log above 0.1)", ylabel="right completions, held out")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_title(f"SmolLM2-135M-Instruct on one-digit sums ({len(outcomes)} seeds, a line each)", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    save(figure, "language_model.png")
+
+
 def teacher_accuracy(outcome, row: dict) -> float:
     if row["kind"] == "unlearned":
         return max(outcome.of("unlearned"), key=lambda r: r["at"])["accuracy"]
@@ -216,6 +238,39 @@ def landing(by_stage: dict) -> None:
     save(figure, "landing.png")
 
 
+def where_it_goes(by_stage: dict) -> None:
+    """The KL of policies of like accuracy by what stood before the token, beside that of the least-KL policy."""
+    outcomes = [o for o in by_stage["64 prompts"] if o.of("split")]
+    names = {"the limit's policy": "least KL at the student's accuracy", "ERPD student": "ERPD student, budget 0.5", "nll": "cross-entropy",
+             "nll, halfway": "cross-entropy, weights halfway", "sapo": "SAPO at its best", "sapo, halfway": "SAPO, weights halfway"}
+    parts = {"digits of a sum with a carry, chain right so far": (VERMILION, lambda kind: kind == "sum, carry, right so far"),
+             "the same, chain already wrong": (ORANGE, lambda kind: kind == "sum, carry, already wrong"),
+             "digits of a sum without a carry": (BLUE, lambda kind: kind.startswith("sum, no carry")),
+             "copied digits, structure, end": ("grey", lambda kind: kind.startswith(("copied", "structure", "end")))}
+
+    def short(path: str) -> str:
+        loss = path.split(",")[0]
+        return path if path in names else loss + (", halfway" if "halfway" in path else "")
+
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for y, (key, label) in enumerate(names.items()):
+        rows = [next(row for row in o.of("split") if short(row["path"]) == key) for o in outcomes]
+        left = 0.0
+        for part, (colour, belongs) in parts.items():
+            share, _ = mean_interval([sum(v for kind, v in row["split"].items() if belongs(kind)) for row in rows])
+            axes.barh(y, share, 0.7, left, color=colour, label=part if y == 0 else None)
+            left += share
+        axes.text(left + 0.02, y, f"{left:.2f} nats, {mean_interval([row['accuracy'] for row in rows])[0]:.0%} right", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names.values(), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
+    axes.set_xlabel("KL(π‖π₀), nats a completion")
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    axes.set_title(f"Where the KL goes: the student spends it where the least-KL policy does ({len(outcomes)} seeds)", fontsize=10)
+    save(figure, "where_it_goes.png")
+
+
 CELLS = (("how often the base is right", ("3 carries", "2 carries", "64 prompts", "at most 1 carry")),
          ("prompts in the batch", ("16 prompts", "64 prompts", "256 prompts")),
          ("operands in a chain", ("2 operands", "64 prompts", "8 operands")))
@@ -266,6 +321,9 @@ def cell_name(title: str, name: str, base: str) -> str:
 
 def draw(by_stage: dict) -> None:
     if "64 prompts" in by_stage:
-        for picture in (extreme_region, weak_teachers, rounds, landing, which_wins):
+        for picture in (extreme_region, frontier, weak_teachers, rounds, landing, which_wins):
             picture(by_stage)
-    frontier(by_stage)
+        if any(o.of("split") for o in by_stage["64 prompts"]):
+            where_it_goes(by_stage)
+    if "SmolLM2" in by_stage:
+        language_model(by_stage)

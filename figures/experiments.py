@@ -43,7 +43,8 @@ class Stage:
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)  # learning rates of every direct method
     epochs: int = 16  # of the explorer, and of clipping beside it
     nll_epochs: int = 4
-    scale: float = 1.0  # of ERPD's budgets, where the limit lies further out or nearer
+    budgets: tuple[float, ...] = BUDGETS
+    losses: tuple[str, ...] = ("sapo", "nll", "mse")  # of the frontier; `everything` adds the rest
     everything: bool = True  # False: the frontier alone
 
     @property
@@ -255,8 +256,8 @@ class Bench:
         return student
 
     def ladder(self) -> None:
-        for budget in BUDGETS:
-            self.student(self.signal(), self.stage.scale * budget, method="erpd", path="sapo, contrast")
+        for budget in self.stage.budgets:
+            self.student(self.signal(), budget, method="erpd", path="sapo, contrast")
 
     def faster(self) -> None:
         """The same from an explorer with the next learning rate, which drifts further."""
@@ -460,9 +461,8 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
         "base": lambda: bench.measure(bench.base, max(config.test_samples, config.limit_samples), method="base", path="base", at=0)}
     for lr in stage.rates:
         long = stage.epochs if lr == config.explore_lr else bench.short("sapo")
-        plan[f"sapo {lr:g}"] = lambda lr=lr, long=long: bench.explored("sapo", lr, long)
-        plan[f"nll {lr:g}"] = lambda lr=lr: bench.explored("nll", lr, bench.short("nll"))
-        plan[f"mse {lr:g}"] = lambda lr=lr: bench.explored("mse", lr, bench.short("mse"))
+        for loss in stage.losses:
+            plan[f"{loss} {lr:g}"] = lambda lr=lr, loss=loss, n=long if loss == "sapo" else bench.short(loss): bench.explored(loss, lr, n)
         if stage.everything:
             plan[f"clip {lr:g}"] = lambda lr=lr, long=long: bench.explored("clip", lr, long)
             plan[f"ce {lr:g}"] = lambda lr=lr: bench.explored("ce", lr, bench.short("ce"))
@@ -472,7 +472,7 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
             plan[f"grpo 8× {lr:g}"] = lambda lr=lr: bench.grpo(lr, 8)
     plan["unlearned"] = lambda: bench.explored("mse", config.explore_lr, config.unlearn_epochs, reverse=True)
     plan["erpd"] = bench.ladder
-    for loss in ("nll", "sapo", "mse"):
+    for loss in stage.losses:
         plan[f"weights: {loss}"] = lambda loss=loss: bench.steps_back(loss, "weights")
         if stage.everything:
             plan[f"logits: {loss}"] = lambda loss=loss: bench.steps_back(loss, "logits")
@@ -489,7 +489,8 @@ def run_stage(stage: Stage, results: Path, folder: Path, told: Callable[[str], N
     for name, work in jobs(bench).items():
         if not any(row["job"] == name for row in done):
             before = len(bench.rows)
-            work()
+            with erpd.autocast(stage.config, bench.base.device):
+                work()
             settings = {"problems": stage.config.problems, "group": stage.config.group, "operands": stage.config.operands,
                         "carries": list(stage.carries), "model": Path(stage.config.model).name,
                         "batch": stage.config.explore_batch, "distill_lr": stage.config.distill_lr,
