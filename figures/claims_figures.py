@@ -18,7 +18,7 @@ from experiments import rollout
 HERE = Path(__file__).resolve().parent
 BLACK, ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, YELLOW = rollout.COLOURS
 LOOKS = {  # method → (colour, marker, line, label)
-    "erpd": (VERMILION, "D", "-", "ERPD student"), "nll": (BLUE, "o", "-", "cross-entropy on the right completions"),
+    "erpd": (VERMILION, "D", "-", "ERPD student"), "weights: erpd": (VERMILION, "v", "--", "  its weights towards the base"), "nll": (BLUE, "o", "-", "cross-entropy on the right completions"),
     "weights: nll": (BLUE, "v", "--", "  its weights towards the base"), "logits: nll": (BLUE, "^", ":", "  its logits towards the base"),
     "mse": (GREEN, "s", "-", "MSE"), "weights: mse": (GREEN, "v", "--", "  its weights towards the base"),
     "sapo": (ORANGE, "P", "-", "SAPO (the explorer)"), "weights: sapo": (ORANGE, "v", "--", "  its weights towards the base"),
@@ -84,13 +84,19 @@ def frontier(by_stage: dict) -> None:
     for axes, name in zip(figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages):
         outcomes = by_stage[name]
         base = mean_interval([o.base for o in outcomes])[0]
-        grid = [base + share * (1 - base) for share in (k / 60 for k in range(1, 60))]
-        axes.plot([mean_interval([o.least(a) for o in outcomes])[0] for a in grid], grid, color="black", linewidth=1.6,
-                  linestyle=(0, (4, 2)), label="the limit: no policy can be to the left")
+        shares = [k / 60 for k in range(1, 60)]  # of every seed's own way from its base to 1
+
+        def level(o, share: float) -> float:
+            return o.base + share * (1 - o.base)
+
+        axes.plot([mean_interval([o.least(level(o, share)) for o in outcomes])[0] for share in shares],
+                  [base + share * (1 - base) for share in shares], color="black", linewidth=1.6, linestyle=(0, (4, 2)),
+                  label="the limit: no policy can be to the left")
         for method, (colour, marker, line, label) in LOOKS.items():
             if not all(o.of(method) for o in outcomes):
                 continue
-            reached = [(a, ks) for a, ks in ((a, [o.kl_at(method, a) for o in outcomes]) for a in grid) if all(map(math.isfinite, ks))]
+            spent = [(base + share * (1 - base), [o.kl_at(method, level(o, share)) for o in outcomes]) for share in shares]
+            reached = [(a, ks) for a, ks in spent if all(map(math.isfinite, ks))]
             if not reached:
                 continue
             accuracy, spent = zip(*reached)
@@ -163,10 +169,10 @@ def weak_teachers(by_stage: dict) -> None:
         seen.add(row["kind"])
         name = "unlearned" if row["kind"] == "unlearned" else row["teacher"] + (f", epoch {row['at']}" if row["teacher"] == "sapo" else "")
         if row["kind"] != "teacher":
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(7, 6), fontsize=8)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(3, 14), fontsize=8, rotation=60)
     base = mean_interval([o.base for o in outcomes])[0]
     axes.axhline(base, color="grey", linestyle=":", linewidth=1)
-    axes.text(0.97, base + 0.008, "base", fontsize=8, color="grey", ha="right")
+    axes.text(0.11, base + 0.008, "base", fontsize=8, color="grey")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axes.text(0.80, 0.775, "student = teacher", fontsize=8, color="grey", rotation=45, rotation_mode="anchor")
     axes.set(xlim=(0.1, 1), ylim=(0.25, 0.9), xlabel="right completions of the teacher, held out",
@@ -191,6 +197,8 @@ def rounds(by_stage: dict) -> None:
     best = [max(o.paths("grpo 8×"), key=lambda path: path[-1]["accuracy"]) for o in outcomes]
     way(best, color=SKY, marker="h", label="on-policy GRPO, best learning rate of three")
     way([sorted(o.of("erpd rounds"), key=lambda r: r["at"]) for o in outcomes], color=VERMILION, marker="D", label="ERPD, rounds of 1,024 rollouts")
+    if all(o.of("erpd small rounds") for o in outcomes):
+        way([sorted(o.of("erpd small rounds"), key=lambda r: r["at"]) for o in outcomes], color=ORANGE, marker="s", label="the same, half the KL budget")
     after = [[path[-1], o.one("grpo, then erpd")] for path, o in zip(best, outcomes)]
     banded(axes, [row["rollouts"] for row in after[0]], [[row["accuracy"] for row in rows] for rows in zip(*after)], color=GREEN,
            marker="^", linestyle="--", label="one ERPD round after GRPO")
@@ -232,7 +240,7 @@ def landing(by_stage: dict) -> None:
     right.set_xlim(0, 1)
     right.axvline(0.5, color="grey", linewidth=1, linestyle=":")
     right.set_xlabel("AUROC in wrong chains (0.5: chance)")
-    right.legend(frameon=False, fontsize=7, loc="lower left")
+    right.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.12))
     right.set_title(f"How well a signal finds the mistake ({len(outcomes)} seeds)", fontsize=9)
     figure.suptitle("The drifted policies know where a chain goes wrong; the outcome advantage does not", fontsize=10)
     save(figure, "landing.png")
@@ -274,7 +282,7 @@ def where_it_goes(by_stage: dict) -> None:
 CELLS = (("how often the base is right", ("3 carries", "2 carries", "64 prompts", "at most 1 carry")),
          ("prompts in the batch", ("16 prompts", "64 prompts", "256 prompts")),
          ("operands in a chain", ("2 operands", "64 prompts", "8 operands")))
-RIVALS = {"erpd": "ERPD", "nll": "cross-entropy", "weights: nll": "cross-entropy, weights", "sapo": "SAPO", "weights: sapo": "SAPO, weights",
+RIVALS = {"erpd": "ERPD", "weights: erpd": "ERPD, weights", "nll": "cross-entropy", "weights: nll": "cross-entropy, weights", "sapo": "SAPO", "weights: sapo": "SAPO, weights",
           "mse": "MSE", "weights: mse": "MSE, weights"}
 
 
@@ -289,12 +297,12 @@ def which_wins(by_stage: dict) -> None:
                     continue
                 scores = {method: mean_interval([sum(o.efficiency(method, a) for a in o.levels) / 3 if y == 0 else o.best(method)
                                                  for o in outcomes])[0] for method in RIVALS if all(o.of(method) for o in outcomes)}
-                first, second = sorted(scores, key=scores.get, reverse=True)[:2]
+                first = max(scores, key=scores.get)
                 shade = LOOKS[first][0]
                 axes.add_patch(Rectangle((x, y), 0.98, 0.96, facecolor=shade, alpha=0.35, edgecolor=shade))
                 form = "{:.2f}" if y == 0 else "{:.0%}"
                 axes.text(x + 0.49, y + 0.34, RIVALS[first] + " " + form.format(scores[first]), ha="center", va="center", fontsize=9, weight="bold")
-                rest = second if first == "erpd" else "erpd"
+                rest = next(m for m in sorted(scores, key=scores.get, reverse=True) if ("erpd" in m) != ("erpd" in first))
                 axes.text(x + 0.49, y + 0.7, f"{RIVALS[rest]} {form.format(scores[rest])}", ha="center", va="center", fontsize=8)
             base = f"{mean_interval([o.base for o in outcomes])[0]:.0%} right" if outcomes else ""
             axes.text(x + 0.49, -0.12, {"64 prompts": {1: "64", 2: "64"}.get(0, "")}.get(name, "") or cell_name(title, name, base),
@@ -307,7 +315,7 @@ def which_wins(by_stage: dict) -> None:
             side.set_visible(False)
         axes.tick_params(length=0)
     seeds = sorted({len(o) for o in by_stage.values()})
-    figure.suptitle("Which method wins where: the winner, and below it ERPD or, where ERPD wins, the runner-up "
+    figure.suptitle("Which method wins where: the winner, and below it the best of ERPD or, where ERPD wins, the best of the rest "
                     f"({' to '.join(map(str, (seeds[0], seeds[-1])))} seeds a cell)", fontsize=10)
     save(figure, "which_wins.png")
 

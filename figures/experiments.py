@@ -259,6 +259,14 @@ class Bench:
         for budget in self.stage.budgets:
             self.student(self.signal(), budget, method="erpd", path="sapo, contrast")
 
+    def stepped_back(self) -> None:
+        """One student, distilled at the ladder's last budget, and its weights moved back towards the base."""
+        config = replace(self.config, kl_budget=self.stage.budgets[-1])
+        student = erpd.distill(self.base, self.rollouts, self.signal(), config, seed=self.config.seed * 1000 + 1)
+        for share in (*STEPS_BACK, 1.0):
+            self.measure(kl.interpolated(self.base, student, share), method="weights: erpd", path="sapo, contrast", at=share,
+                         budget=config.kl_budget, rollouts=len(self.rollouts))
+
     def faster(self) -> None:
         """The same from an explorer with the next learning rate, which drifts further."""
         lr, epochs = self.stage.rates[1], self.short("sapo")
@@ -285,26 +293,25 @@ class Bench:
         self.student(erpd.combine_signals(several, [1, 1, 1], mask), budget, method="student", path="sapo + mse + nll, contrast",
                      kind="contrast", teacher="sapo + mse + nll", at=0)
 
-    def rounds(self, start=None, method: str = "erpd rounds", before: int = 0, count: int = 3) -> None:
+    def rounds(self, budget: float, method: str = "erpd rounds", start=None, before: int = 0, count: int = 3) -> None:
         """Rounds of ERPD, each from the last one's student with new problems; every KL is to the first base."""
-        base, size = start or self.base, self.config.problems
+        base, size, config = start or self.base, self.config.problems, replace(self.config, kl_budget=budget)
         for this_round in range(1, count + 1):
             problems = self.problems[-this_round * size:][:size] if start else self.problems[(this_round - 1) * size:][:size]
             seed = self.config.seed * 1000 + this_round
             rollouts = self.collect(base, problems, seed)
-            drifted = [rollout.score(erpd.explore(base, rollouts, self.config, loss=loss, epochs=epochs, reverse=reverse, seed=seed),
-                                     rollouts)
+            drifted = [rollout.score(erpd.explore(base, rollouts, config, loss=loss, epochs=epochs, reverse=reverse, seed=seed), rollouts)
                        for loss, epochs, reverse in (("sapo", self.stage.epochs, False),
                                                      ("mse", self.config.unlearn_epochs, True))]
-            student = erpd.distill(base, rollouts, erpd.token_signal("contrast", rollouts.log_probs, *drifted), self.config, seed=seed)
-            base, spent = erpd.within_budget(base, student, self.policy[1], problems, self.config, seed)
-            self.measure(base, method=method, path=method, at=this_round, spent=spent,
+            student = erpd.distill(base, rollouts, erpd.token_signal("contrast", rollouts.log_probs, *drifted), config, seed=seed)
+            base, spent = erpd.within_budget(base, student, self.policy[1], problems, config, seed)
+            self.measure(base, method=method, path=method, at=this_round, budget=budget, spent=spent,
                          rollouts=before + this_round * size * self.config.group)
 
-    def after_grpo(self) -> None:
+    def after_grpo(self, budget: float, method: str = "grpo, then erpd") -> None:
         """One round of ERPD from the policy where eight times the rollouts of GRPO ended."""
         best = max((r for r in self.rows if r["method"] == "grpo 8×"), key=lambda r: r["accuracy"])
-        self.rounds(self.grpo(best["lr"], 8, tell=False), "grpo, then erpd", before=best["rollouts"], count=1)
+        self.rounds(budget, method, start=self.grpo(best["lr"], 8, tell=False), before=best["rollouts"], count=1)
 
     # ----------------------------------------------------------------------------------------------- where it lands
 
@@ -340,7 +347,10 @@ class Bench:
             self.rows.append({"method": "landing", "path": name, "at": 0, "chains": int(chains.sum()),
                               "first_wrong": auroc(-s[inside], here[inside]),
                               "gone_wrong": auroc(-so_far[inside], (steps >= first[:, None])[inside])})
-        shown = chains.nonzero()[:, 0][:6].tolist() + (first >= rollouts.length).nonzero()[:, 0][:2].tolist()
+        each = range(0, len(mask), self.config.group)  # the first wrong chain of a problem, and of two more a right one
+        wrong = [i + int(chains[i:i + self.config.group].float().argmax()) for i in each if chains[i:i + self.config.group].any()]
+        right = [i + int(rollouts.rewards[i:i + self.config.group].argmax()) for i in each if rollouts.rewards[i:i + self.config.group].any()]
+        shown = wrong[:6] + right[6:8]
         contrast = erpd.normalised(self.signal(), rollouts.mask)
         texts = rollout.completion_texts(self.policy[1], rollouts)
         self.rows.append({"method": "rollouts shown", "path": "sapo, contrast", "at": 0, "shown": [
@@ -471,14 +481,16 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
             plan[f"grpo {lr:g}"] = lambda lr=lr: bench.grpo(lr, 1)
             plan[f"grpo 8× {lr:g}"] = lambda lr=lr: bench.grpo(lr, 8)
     plan["unlearned"] = lambda: bench.explored("mse", config.explore_lr, config.unlearn_epochs, reverse=True)
-    plan["erpd"] = bench.ladder
+    plan |= {"erpd": bench.ladder, "weights: erpd": bench.stepped_back}
     for loss in stage.losses:
         plan[f"weights: {loss}"] = lambda loss=loss: bench.steps_back(loss, "weights")
         if stage.everything:
             plan[f"logits: {loss}"] = lambda loss=loss: bench.steps_back(loss, "logits")
     if stage.everything:
         plan |= {"faster explorer": bench.faster, "temperature": bench.temperatures, "control": bench.control, "teachers": bench.teachers,
-                 "landing": bench.landing, "split": bench.split, "rounds": bench.rounds, "after grpo": bench.after_grpo}
+                 "landing": bench.landing, "split": bench.split, "rounds": lambda: bench.rounds(config.kl_budget), "after grpo": lambda: bench.after_grpo(config.kl_budget),
+                 "small rounds": lambda: bench.rounds(BUDGETS[2], "erpd small rounds"),
+                 "small after grpo": lambda: bench.after_grpo(BUDGETS[1], "grpo, then a little erpd")}
     return plan
 
 
