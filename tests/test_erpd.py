@@ -123,6 +123,18 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
         assert close.float().mean() > 0.98
 
 
+def test_the_rate_falls_to_zero_over_the_run_and_no_further(stage):
+    """A schedule that counts epochs for updates, ends early, or goes on below zero."""
+    base, _, _, rollouts = stage
+    for decay, expected in ((True, [0.75, 0.5, 0.25, 0.0]), (False, [1.0] * 4)):
+        model, optimizer = erpd.trainable(base, 1e-3)
+        rates = []
+        erpd.optimise(model, optimizer, rollouts, {}, lambda policy, part, *_: (policy.log_prob.sum(), {}), epochs=2, batch=32,
+                      config=Config(**SMALL), seed=0, desc="", decay=decay,
+                      after_update=lambda: rates.append(optimizer.param_groups[0]["lr"] / 1e-3) or {})
+        assert rates == pytest.approx(expected)
+
+
 def test_checkpointing_changes_no_update(stage):
     """Layers that are not run again, or that are but with other inputs."""
     base, tokenizer, problems, rollouts = stage
