@@ -334,9 +334,10 @@ def language_model(model: str) -> list[Stage]:
     train, test = sums(SCRATCH)
     return [Stage("SmolLM2", erpd.Config(
         model=model, data=train, test_data=test, template="{question} Reply with the number only.", seed=seed, problems=16, group=8,
-        max_new_tokens=24, test_problems=27, test_samples=8, curve_samples=8, limit_samples=16, explore_lr=1e-5, explore_batch=16,
-        unlearn_epochs=1, distill_lr=2e-5, distill_batch=16, distill_epochs=2, tokens_per_step=1100, sample_rows=256, precision="bf16"),
-        rates=(1e-5,), epochs=2, nll_epochs=2, everything=False, losses=("sapo", "nll"), budgets=(0.5, 1.5, 3.0)) for seed in range(2)]
+        max_new_tokens=24, test_problems=27, test_samples=4, curve_samples=4, limit_samples=16, explore_lr=1e-5, explore_batch=16,
+        unlearn_epochs=1, distill_lr=2e-5, distill_batch=8, distill_epochs=1, tokens_per_step=1100, sample_rows=256,
+        precision="bf16"), rates=(1e-5,), epochs=2, nll_epochs=2, everything=False, losses=("sapo", "nll"), budgets=(1.0, 3.0))
+        for seed in range(2)]
 
 
 def stages() -> list[Stage]:
