@@ -18,13 +18,16 @@ from experiments import rollout
 HERE = Path(__file__).resolve().parent
 BLACK, ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, YELLOW = rollout.COLOURS
 LOOKS = {  # method → (colour, marker, line, label)
-    "erpd": (VERMILION, "D", "-", "ERPD student"), "weights: erpd": (VERMILION, "v", "--", "  its weights towards the base"), "nll": (BLUE, "o", "-", "cross-entropy on the right completions"),
-    "weights: nll": (BLUE, "v", "--", "  its weights towards the base"), "logits: nll": (BLUE, "^", ":", "  its logits towards the base"),
+    "erpd": (VERMILION, "D", "-", "ERPD student"), "weights: erpd": (VERMILION, "v", "--", "  its weights towards the base"),
+    "nll": (BLUE, "o", "-", "cross-entropy on the right completions"),
+    "weights: nll": (BLUE, "v", "--", "  its weights towards the base"),
+    "logits: nll": (BLUE, "^", ":", "  its logits towards the base"),
     "mse": (GREEN, "s", "-", "MSE"), "weights: mse": (GREEN, "v", "--", "  its weights towards the base"),
     "sapo": (ORANGE, "P", "-", "SAPO (the explorer)"), "weights: sapo": (ORANGE, "v", "--", "  its weights towards the base"),
     "ce": (PINK, "X", "-", "CE"), "clip": (BLACK, "*", "-", "clipped off-policy reuse"),
     "clip + KL 0.2": (BLACK, "*", "--", "  with KL penalty 0.2"), "grpo": (SKY, "h", "--", "on-policy GRPO, as many rollouts"),
-    "grpo 8×": (SKY, "h", "-", "on-policy GRPO, 8× the rollouts"), "control": ("grey", "d", ":", "stage 2 with Â (the control)"),
+    "grpo 8×": (SKY, "h", "-", "on-policy GRPO, 8× the rollouts"),
+    "control": ("grey", "d", ":", "stage 2 with Â (the control)"),
     "temperature": ("grey", "_", "-", "the base, colder or hotter")}
 
 
@@ -104,8 +107,8 @@ def frontier(by_stage: dict) -> None:
             strong = method == "erpd"
             axes.plot(means, accuracy, color=colour, linestyle=line, marker=marker, markevery=6, markersize=6 if strong else 4,
                       linewidth=2.4 if strong else 1, label=label, zorder=3 if strong else 2)
-            axes.fill_betweenx(accuracy, [max(1e-4, m - h) for m, h in zip(means, halves)], [m + h for m, h in zip(means, halves)],
-                               color=colour, alpha=0.25 if strong else 0.08, linewidth=0)
+            left, right = [max(1e-4, m - h) for m, h in zip(means, halves)], [m + h for m, h in zip(means, halves)]
+            axes.fill_betweenx(accuracy, left, right, color=colour, alpha=0.25 if strong else 0.08, linewidth=0)
         axes.axhline(base, color="grey", linestyle=":", linewidth=1)
         axes.text(0.011, base + 0.006, "base", fontsize=8, color="grey")
         axes.set_xscale("log")
@@ -116,8 +119,8 @@ def frontier(by_stage: dict) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.axes[0].set_ylabel("right completions, held out")
     figure.axes[0].legend(frameon=False, fontsize=7, loc="upper left")
-    figure.suptitle("Accuracy against the KL spent for it: the student stays near the limit, and from few prompts goes further than any "
-                    "direct method" if len(stages) > 1 else "Accuracy against the KL spent for it", fontsize=10)
+    figure.suptitle("The student stays nearer to the limit than every method that trains directly; only cross-entropy, "
+                    "moved back towards the base, keeps up", fontsize=10)
     save(figure, "frontier.png")
 
 
@@ -128,15 +131,18 @@ def language_model(by_stage: dict) -> None:
     axes = figure.subplots()
     for o in outcomes:
         first = o is outcomes[0]
-        axes.plot(o.limit[1], o.limit[0], color="black", linewidth=1, linestyle=(0, (4, 2)), label="the limit" if first else None)
+        axes.plot(o.limit[1], o.limit[0], color="black", linewidth=1, linestyle=(0, (4, 2)),
+                  label="the limit" if first else None)
         for method, (colour, marker, line, label) in LOOKS.items():
             for path in o.paths(method):
-                axes.plot([0, *(row["kl"] for row in path)], [o.base, *(row["accuracy"] for row in path)], color=colour, marker=marker,
-                          linestyle=line, linewidth=1 + (method == "erpd"), markersize=5, label=label if first else None)
+                axes.plot([0, *(row["kl"] for row in path)], [o.base, *(row["accuracy"] for row in path)], color=colour,
+                          marker=marker, linestyle=line, linewidth=1 + (method == "erpd"), markersize=5,
+                          label=label if first else None)
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlim(0, 6)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (log above 0.1)", ylabel="right completions, held out")
+    axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (log above 0.1)",
+             ylabel="right completions, held out")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_title(f"SmolLM2-135M-Instruct on one-digit sums ({len(outcomes)} seeds, a line each)", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
@@ -154,7 +160,8 @@ def weak_teachers(by_stage: dict) -> None:
     figure = Figure(figsize=(7, 5.2), layout="constrained")
     axes = figure.subplots()
     seen = set()
-    kinds = {"teacher": (BLUE, "o", "signal: teacher over base"), "contrast": (VERMILION, "D", "signal: teacher over unlearned policy"),
+    kinds = {"teacher": (BLUE, "o", "signal: teacher over base"),
+             "contrast": (VERMILION, "D", "signal: teacher over unlearned policy"),
              "unlearned": (GREEN, "v", "signal: base over unlearned policy")}
     for row in outcomes[0].of("student"):
         students = [o.one("student", path=row["path"], at=row["at"]) for o in outcomes]
@@ -167,7 +174,7 @@ def weak_teachers(by_stage: dict) -> None:
         axes.errorbar(x, y, dy, dx, color=colour, marker=marker, markersize=7, elinewidth=0.8, capsize=2, linestyle="none",
                       label=None if row["kind"] in seen else label)
         seen.add(row["kind"])
-        name = "unlearned" if row["kind"] == "unlearned" else row["teacher"] + (f", epoch {row['at']}" if row["teacher"] == "sapo" else "")
+        name = row.get("teacher", "unlearned") + (f", epoch {row['at']}" if row.get("teacher") == "sapo" else "")
         if row["kind"] != "teacher":
             axes.annotate(name, (x, y), textcoords="offset points", xytext=(3, 14), fontsize=8, rotation=60)
     base = mean_interval([o.base for o in outcomes])[0]
@@ -192,16 +199,20 @@ def rounds(by_stage: dict) -> None:
 
     def way(paths, **look):
         """Mean accuracy over seeds at each count of rollouts; every path has the same counts."""
-        banded(axes, [0] + [row["rollouts"] for row in paths[0]], [base] + [[row["accuracy"] for row in rows] for rows in zip(*paths)], **look)
+        means = [[row["accuracy"] for row in rows] for rows in zip(*paths)]
+        banded(axes, [0] + [row["rollouts"] for row in paths[0]], [base] + means, **look)
+
+    def rounds_of(method: str) -> list[list[dict]]:
+        return [sorted(o.of(method), key=lambda row: row["at"]) for o in outcomes]
 
     best = [max(o.paths("grpo 8×"), key=lambda path: path[-1]["accuracy"]) for o in outcomes]
     way(best, color=SKY, marker="h", label="on-policy GRPO, best learning rate of three")
-    way([sorted(o.of("erpd rounds"), key=lambda r: r["at"]) for o in outcomes], color=VERMILION, marker="D", label="ERPD, rounds of 1,024 rollouts")
+    way(rounds_of("erpd rounds"), color=VERMILION, marker="D", label="ERPD, rounds of 1,024 rollouts")
     if all(o.of("erpd small rounds") for o in outcomes):
-        way([sorted(o.of("erpd small rounds"), key=lambda r: r["at"]) for o in outcomes], color=ORANGE, marker="s", label="the same, half the KL budget")
+        way(rounds_of("erpd small rounds"), color=ORANGE, marker="s", label="the same, half the KL budget")
     after = [[path[-1], o.one("grpo, then erpd")] for path, o in zip(best, outcomes)]
-    banded(axes, [row["rollouts"] for row in after[0]], [[row["accuracy"] for row in rows] for rows in zip(*after)], color=GREEN,
-           marker="^", linestyle="--", label="one ERPD round after GRPO")
+    banded(axes, [row["rollouts"] for row in after[0]], [[row["accuracy"] for row in rows] for rows in zip(*after)],
+           color=GREEN, marker="^", linestyle="--", label="one ERPD round after GRPO")
     axes.set(xlabel="rollouts that were used to train", ylabel="right completions, held out", ylim=(0.25, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_title(f"Accuracy against rollouts ({len(outcomes)} seeds)", fontsize=10)
@@ -249,8 +260,9 @@ def landing(by_stage: dict) -> None:
 def where_it_goes(by_stage: dict) -> None:
     """The KL of policies of like accuracy by what stood before the token, beside that of the least-KL policy."""
     outcomes = [o for o in by_stage["64 prompts"] if o.of("split")]
-    names = {"the limit's policy": "least KL at the student's accuracy", "ERPD student": "ERPD student, budget 0.5", "nll": "cross-entropy",
-             "nll, halfway": "cross-entropy, weights halfway", "sapo": "SAPO at its best", "sapo, halfway": "SAPO, weights halfway"}
+    names = {"the limit's policy": "least KL at the student's accuracy", "ERPD student": "ERPD student, budget 0.5",
+             "nll": "cross-entropy", "nll, halfway": "cross-entropy, weights halfway", "sapo": "SAPO at its best",
+             "sapo, halfway": "SAPO, weights halfway"}
     parts = {"digits of a sum with a carry, chain right so far": (VERMILION, lambda kind: kind == "sum, carry, right so far"),
              "the same, chain already wrong": (ORANGE, lambda kind: kind == "sum, carry, already wrong"),
              "digits of a sum without a carry": (BLUE, lambda kind: kind.startswith("sum, no carry")),
@@ -269,21 +281,22 @@ def where_it_goes(by_stage: dict) -> None:
             share, _ = mean_interval([sum(v for kind, v in row["split"].items() if belongs(kind)) for row in rows])
             axes.barh(y, share, 0.7, left, color=colour, label=part if y == 0 else None)
             left += share
-        axes.text(left + 0.02, y, f"{left:.2f} nats, {mean_interval([row['accuracy'] for row in rows])[0]:.0%} right", va="center", fontsize=8)
+        right = mean_interval([row["accuracy"] for row in rows])[0]
+        axes.text(left + 0.02, y, f"{left:.2f} nats, {right:.0%} right", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names.values(), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
     axes.set_xlabel("KL(π‖π₀), nats a completion")
     axes.legend(frameon=False, fontsize=7, loc="lower right")
-    axes.set_title(f"Where the KL goes: the student spends it where the least-KL policy does ({len(outcomes)} seeds)", fontsize=10)
+    axes.set_title(f"The student spends its KL where the least-KL policy does ({len(outcomes)} seeds)", fontsize=10)
     save(figure, "where_it_goes.png")
 
 
 CELLS = (("how often the base is right", ("3 carries", "2 carries", "64 prompts", "at most 1 carry")),
          ("prompts in the batch", ("16 prompts", "64 prompts", "256 prompts")),
          ("operands in a chain", ("2 operands", "64 prompts", "8 operands")))
-RIVALS = {"erpd": "ERPD", "weights: erpd": "ERPD, weights", "nll": "cross-entropy", "weights: nll": "cross-entropy, weights", "sapo": "SAPO", "weights: sapo": "SAPO, weights",
-          "mse": "MSE", "weights: mse": "MSE, weights"}
+RIVALS = {"erpd": "ERPD", "weights: erpd": "ERPD, weights", "nll": "cross-entropy", "weights: nll": "cross-entropy, weights",
+          "sapo": "SAPO", "weights: sapo": "SAPO, weights", "mse": "MSE", "weights: mse": "MSE, weights"}
 
 
 def which_wins(by_stage: dict) -> None:
@@ -295,18 +308,20 @@ def which_wins(by_stage: dict) -> None:
             for y, what in enumerate(("KL efficiency", "best accuracy")):
                 if not outcomes:
                     continue
-                scores = {method: mean_interval([sum(o.efficiency(method, a) for a in o.levels) / 3 if y == 0 else o.best(method)
-                                                 for o in outcomes])[0] for method in RIVALS if all(o.of(method) for o in outcomes)}
+                scores = {method: mean_interval([sum(o.efficiency(method, a) for a in o.levels) / 3 if y == 0
+                                                 else o.best(method) for o in outcomes])[0]
+                          for method in RIVALS if all(o.of(method) for o in outcomes)}
                 first = max(scores, key=scores.get)
                 shade = LOOKS[first][0]
                 axes.add_patch(Rectangle((x, y), 0.98, 0.96, facecolor=shade, alpha=0.35, edgecolor=shade))
                 form = "{:.2f}" if y == 0 else "{:.0%}"
-                axes.text(x + 0.49, y + 0.34, RIVALS[first] + " " + form.format(scores[first]), ha="center", va="center", fontsize=9, weight="bold")
+                axes.text(x + 0.49, y + 0.34, f"{RIVALS[first]} {form.format(scores[first])}", ha="center", va="center",
+                          fontsize=9, weight="bold")
                 rest = next(m for m in sorted(scores, key=scores.get, reverse=True) if ("erpd" in m) != ("erpd" in first))
-                axes.text(x + 0.49, y + 0.7, f"{RIVALS[rest]} {form.format(scores[rest])}", ha="center", va="center", fontsize=8)
+                axes.text(x + 0.49, y + 0.7, f"{RIVALS[rest]} {form.format(scores[rest])}", ha="center", va="center",
+                          fontsize=8)
             base = f"{mean_interval([o.base for o in outcomes])[0]:.0%} right" if outcomes else ""
-            axes.text(x + 0.49, -0.12, {"64 prompts": {1: "64", 2: "64"}.get(0, "")}.get(name, "") or cell_name(title, name, base),
-                      ha="center", va="bottom", fontsize=8)
+            axes.text(x + 0.49, -0.12, cell_name(title, name, base), ha="center", va="bottom", fontsize=8)
         axes.set(xlim=(-0.02, 4), ylim=(2.02, -0.5))
         axes.set_yticks([0.48, 1.48], ["KL efficiency", "best accuracy"], fontsize=8)
         axes.set_xticks([])
@@ -315,8 +330,8 @@ def which_wins(by_stage: dict) -> None:
             side.set_visible(False)
         axes.tick_params(length=0)
     seeds = sorted({len(o) for o in by_stage.values()})
-    figure.suptitle("Which method wins where: the winner, and below it the best of ERPD or, where ERPD wins, the best of the rest "
-                    f"({' to '.join(map(str, (seeds[0], seeds[-1])))} seeds a cell)", fontsize=10)
+    figure.suptitle("Which method wins where: the winner, and below it the best of ERPD or, where ERPD wins, of the rest "
+                    f"({seeds[0]} to {seeds[-1]} seeds a cell)", fontsize=10)
     save(figure, "which_wins.png")
 
 

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -129,7 +129,7 @@ class Bench:
 
     @cached_property
     def problems(self) -> list[Problem]:
-        """Enough for three rounds, or for GRPO with eight times the rollouts; the first `config.problems` are the stored batch's."""
+        """The stored batch's come first; `everything` asks for more rounds, and for GRPO with eight times the rollouts."""
         return self.draw("train", self.config.problems * (8 if self.stage.everything else 1))
 
     @cached_property
@@ -151,7 +151,8 @@ class Bench:
                                    seed=self.config.seed, **self.config.sampling)
         if model is not self.base:
             figures.pop("pass_rates")
-        row = {**about, **{name: [round(v, 5) for v in x] if isinstance(x, list) else round(x, 5) for name, x in figures.items()}}
+        figures = {name: [round(v, 5) for v in x] if isinstance(x, list) else round(x, 5) for name, x in figures.items()}
+        row = about | figures
         self.rows.append(row)
         return row
 
@@ -165,7 +166,8 @@ class Bench:
 
     # ------------------------------------------------------------------------------------------------ the direct methods
 
-    def explored(self, loss: str, lr: float, epochs: int, kl_coef: float = 0.0, reverse: bool = False, tell: bool = True) -> dict:
+    def explored(self, loss: str, lr: float, epochs: int, kl_coef: float = 0.0, reverse: bool = False,
+                 tell: bool = True) -> dict:
         """Weights of an explorer's checkpoints by epoch 1, 2, 4 …, kept on disk; with `tell` they are measured too."""
         name = f"{'un' if reverse else ''}{loss}-{lr:g}-{kl_coef:g}-{epochs}"
         path, kept = self.folder / f"{name}.pt", {}
@@ -178,9 +180,9 @@ class Bench:
                 kept[epoch] = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 if tell:
                     method = "unlearned" if reverse else loss + (" + KL" if kl_coef else "")
-                    self.measure(model, self.config.curve_samples, method=method, path=f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else ""), at=epoch,
-                                 lr=lr, kl_coef=kl_coef, epochs=epochs, fallen=self.fallen(model),
-                                 rollouts=len(self.rollouts))
+                    path_name = f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else "")
+                    self.measure(model, self.config.curve_samples, method=method, path=path_name, at=epoch, lr=lr,
+                                 kl_coef=kl_coef, epochs=epochs, fallen=self.fallen(model), rollouts=len(self.rollouts))
             return {}
 
         erpd.explore(self.base, self.rollouts, config, loss=loss, epochs=epochs, reverse=reverse, seed=self.config.seed,
@@ -236,7 +238,8 @@ class Bench:
 
     @cached_property
     def log_unlearned(self) -> Tensor:
-        return self.log_probs("mse", self.config.explore_lr, self.config.unlearn_epochs, self.config.unlearn_epochs, reverse=True)
+        epochs = self.config.unlearn_epochs
+        return self.log_probs("mse", self.config.explore_lr, epochs, epochs, reverse=True)
 
     def short(self, loss: str) -> int:
         return min(self.stage.epochs, self.stage.nll_epochs if loss == "nll" else 4)
@@ -270,7 +273,8 @@ class Bench:
     def faster(self) -> None:
         """The same from an explorer with the next learning rate, which drifts further."""
         lr, epochs = self.stage.rates[1], self.short("sapo")
-        signal = erpd.token_signal("contrast", self.rollouts.log_probs, self.log_probs("sapo", lr, epochs, epochs), self.log_unlearned)
+        log_teacher = self.log_probs("sapo", lr, epochs, epochs)
+        signal = erpd.token_signal("contrast", self.rollouts.log_probs, log_teacher, self.log_unlearned)
         for budget in BUDGETS[:3]:
             self.student(signal, budget, method="erpd, faster explorer", path="sapo, contrast")
 
@@ -290,8 +294,8 @@ class Bench:
                 self.student(self.signal(kind, loss, epoch), budget, method="student", path=f"{loss}, {kind}", kind=kind,
                              teacher=loss, at=epoch)
         several = [self.signal("contrast", loss) for loss in ("sapo", "mse", "nll")]
-        self.student(erpd.combine_signals(several, [1, 1, 1], mask), budget, method="student", path="sapo + mse + nll, contrast",
-                     kind="contrast", teacher="sapo + mse + nll", at=0)
+        self.student(erpd.combine_signals(several, [1, 1, 1], mask), budget, method="student",
+                     path="sapo + mse + nll, contrast", kind="contrast", teacher="sapo + mse + nll", at=0)
 
     def rounds(self, budget: float, method: str = "erpd rounds", start=None, before: int = 0, count: int = 3) -> None:
         """Rounds of ERPD, each from the last one's student with new problems; every KL is to the first base."""
@@ -300,10 +304,11 @@ class Bench:
             problems = self.problems[-this_round * size:][:size] if start else self.problems[(this_round - 1) * size:][:size]
             seed = self.config.seed * 1000 + this_round
             rollouts = self.collect(base, problems, seed)
-            drifted = [rollout.score(erpd.explore(base, rollouts, config, loss=loss, epochs=epochs, reverse=reverse, seed=seed), rollouts)
-                       for loss, epochs, reverse in (("sapo", self.stage.epochs, False),
-                                                     ("mse", self.config.unlearn_epochs, True))]
-            student = erpd.distill(base, rollouts, erpd.token_signal("contrast", rollouts.log_probs, *drifted), config, seed=seed)
+            explorer = erpd.explore(base, rollouts, config, loss="sapo", epochs=self.stage.epochs, seed=seed)
+            unlearned = erpd.explore(base, rollouts, config, loss="mse", epochs=config.unlearn_epochs, reverse=True, seed=seed)
+            drifted = [rollout.score(model, rollouts) for model in (explorer, unlearned)]
+            signal = erpd.token_signal("contrast", rollouts.log_probs, *drifted)
+            student = erpd.distill(base, rollouts, signal, config, seed=seed)
             base, spent = erpd.within_budget(base, student, self.policy[1], problems, config, seed)
             self.measure(base, method=method, path=method, at=this_round, budget=budget, spent=spent,
                          rollouts=before + this_round * size * self.config.group)
@@ -347,10 +352,13 @@ class Bench:
             self.rows.append({"method": "landing", "path": name, "at": 0, "chains": int(chains.sum()),
                               "first_wrong": auroc(-s[inside], here[inside]),
                               "gone_wrong": auroc(-so_far[inside], (steps >= first[:, None])[inside])})
-        each = range(0, len(mask), self.config.group)  # the first wrong chain of a problem, and of two more a right one
-        wrong = [i + int(chains[i:i + self.config.group].float().argmax()) for i in each if chains[i:i + self.config.group].any()]
-        right = [i + int(rollouts.rewards[i:i + self.config.group].argmax()) for i in each if rollouts.rewards[i:i + self.config.group].any()]
-        shown = wrong[:6] + right[6:8]
+
+        def first_of_each(chosen: Tensor) -> list[int]:
+            """The first chosen completion of every problem that has one."""
+            each = chosen.view(-1, self.config.group)
+            return [g * self.config.group + int(each[g].float().argmax()) for g in each.any(1).nonzero()[:, 0].tolist()]
+
+        shown = first_of_each(chains)[:6] + first_of_each(rollouts.rewards == 1)[6:8]
         contrast = erpd.normalised(self.signal(), rollouts.mask)
         texts = rollout.completion_texts(self.policy[1], rollouts)
         self.rows.append({"method": "rollouts shown", "path": "sapo, contrast", "at": 0, "shown": [
@@ -468,29 +476,31 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
     """Every job of a stage by name, in the order in which they build on one another."""
     stage, config = bench.stage, bench.config
     plan: dict[str, Callable[[], object]] = {
-        "base": lambda: bench.measure(bench.base, max(config.test_samples, config.limit_samples), method="base", path="base", at=0)}
+        "base": lambda: bench.measure(bench.base, config.limit_samples, method="base", path="base", at=0)}
     for lr in stage.rates:
         long = stage.epochs if lr == config.explore_lr else bench.short("sapo")
         for loss in stage.losses:
-            plan[f"{loss} {lr:g}"] = lambda lr=lr, loss=loss, n=long if loss == "sapo" else bench.short(loss): bench.explored(loss, lr, n)
+            epochs = long if loss == "sapo" else bench.short(loss)
+            plan[f"{loss} {lr:g}"] = partial(bench.explored, loss, lr, epochs)
         if stage.everything:
-            plan[f"clip {lr:g}"] = lambda lr=lr, long=long: bench.explored("clip", lr, long)
-            plan[f"ce {lr:g}"] = lambda lr=lr: bench.explored("ce", lr, bench.short("ce"))
+            plan[f"clip {lr:g}"] = partial(bench.explored, "clip", lr, long)
+            plan[f"ce {lr:g}"] = partial(bench.explored, "ce", lr, bench.short("ce"))
             for c in STRENGTHS:
-                plan[f"clip {lr:g} KL {c:g}"] = lambda lr=lr, c=c, long=long: bench.explored("clip", lr, long // 2 if long > 4 else long, kl_coef=c)
-            plan[f"grpo {lr:g}"] = lambda lr=lr: bench.grpo(lr, 1)
-            plan[f"grpo 8× {lr:g}"] = lambda lr=lr: bench.grpo(lr, 8)
-    plan["unlearned"] = lambda: bench.explored("mse", config.explore_lr, config.unlearn_epochs, reverse=True)
+                plan[f"clip {lr:g} KL {c:g}"] = partial(bench.explored, "clip", lr, long // 2 if long > 4 else long, c)
+            plan |= {f"grpo {lr:g}": partial(bench.grpo, lr, 1), f"grpo 8× {lr:g}": partial(bench.grpo, lr, 8)}
+    plan["unlearned"] = partial(bench.explored, "mse", config.explore_lr, config.unlearn_epochs, reverse=True)
     plan |= {"erpd": bench.ladder, "weights: erpd": bench.stepped_back}
     for loss in stage.losses:
-        plan[f"weights: {loss}"] = lambda loss=loss: bench.steps_back(loss, "weights")
+        plan[f"weights: {loss}"] = partial(bench.steps_back, loss, "weights")
         if stage.everything:
-            plan[f"logits: {loss}"] = lambda loss=loss: bench.steps_back(loss, "logits")
+            plan[f"logits: {loss}"] = partial(bench.steps_back, loss, "logits")
     if stage.everything:
-        plan |= {"faster explorer": bench.faster, "temperature": bench.temperatures, "control": bench.control, "teachers": bench.teachers,
-                 "landing": bench.landing, "split": bench.split, "rounds": lambda: bench.rounds(config.kl_budget), "after grpo": lambda: bench.after_grpo(config.kl_budget),
-                 "small rounds": lambda: bench.rounds(BUDGETS[2], "erpd small rounds"),
-                 "small after grpo": lambda: bench.after_grpo(BUDGETS[1], "grpo, then a little erpd")}
+        plan |= {"faster explorer": bench.faster, "temperature": bench.temperatures, "control": bench.control,
+                 "teachers": bench.teachers, "landing": bench.landing, "split": bench.split,
+                 "rounds": partial(bench.rounds, config.kl_budget),
+                 "after grpo": partial(bench.after_grpo, config.kl_budget),
+                 "small rounds": partial(bench.rounds, BUDGETS[2], "erpd small rounds"),
+                 "small after grpo": partial(bench.after_grpo, BUDGETS[1], "grpo, then a little erpd")}
     return plan
 
 
@@ -507,9 +517,10 @@ def run_stage(stage: Stage, results: Path, folder: Path, told: Callable[[str], N
                         "carries": list(stage.carries), "model": Path(stage.config.model).name,
                         "batch": stage.config.explore_batch, "distill_lr": stage.config.distill_lr,
                         "distill_epochs": stage.config.distill_epochs, "held_out": stage.config.test_problems}
-            with open(results, "a") as file:
-                file.writelines(json.dumps({"stage": stage.name, "seed": stage.config.seed, "job": name, **row, "settings": settings},
-                                           ensure_ascii=False) + "\n" for row in bench.rows[before:])
+            lines = [json.dumps({"stage": stage.name, "seed": stage.config.seed, "job": name, **row, "settings": settings},
+                                ensure_ascii=False) + "\n" for row in bench.rows[before:]]
+            with open(results, "ab", buffering=0) as file:  # one write: stages side by side append whole jobs
+                file.write("".join(lines).encode())
         told(name)
 
 
