@@ -10,6 +10,12 @@ It learns from a teacher with a *habit*. Wherever the units carry, the teacher d
 (37+48=75), and now and then it guesses the sum without working. So the right way of every step is known to the policy
 but is not its likeliest one: sampling colder makes it worse, and no temperature cures it. A base whose mistakes were
 mere noise would be cured by greedy decoding, and would make every method look good.
+
+tutorial/long_base, which adds up to eight numbers, went on from there, with more carries right at first and then as few:
+
+    python tutorial/pretrain.py --init tutorial/tiny_base --operands 8 --steps 400 --batch 128 --lr 2e-3 --out long
+    python tutorial/pretrain.py --init long --operands 8 --slip 0.3 --steps 900 --batch 96 --lr 2e-3 --out long
+    python tutorial/pretrain.py --init long --operands 8 --steps 250 --batch 96 --lr 1e-3 --out tutorial/long_base
 """
 
 import argparse
