@@ -12,7 +12,7 @@ its whole interval is on the right side of its threshold; a claim holds when all
 some are, and does not hold when none is.
 
 Stages: `64 prompts` (64 problems × 16 completions, all methods, 5 seeds), `256 prompts` (the same with 256, the frontier's
-methods), and cells of the map: 16 prompts; problems with 3, with 2 and with at most 1 carry, where the base is right about 5,
+methods), and cells of the map, with 128 held-out problems: 16 prompts; problems with 3, with 2 and with at most 1 carry, where the base is right about 5,
 15 and 60 % of the time; chains of 2 and of 8 operands.
 
 A *path* is what one setting of a method leads through: checkpoints by epoch, students by budget, interpolations by share.
@@ -317,7 +317,7 @@ def percent(values: list[float]) -> str:
 
 def stage(name: str, prompts: int, seed: int, **more) -> Stage:
     """Sixteen updates an epoch at every size; the distiller takes more passes where they are short."""
-    settings = {key: more.pop(key) for key in ("operands", "model", "max_new_tokens") if key in more}
+    settings = {key: more.pop(key) for key in ("operands", "model", "max_new_tokens", "test_problems") if key in more}
     config = erpd.Config(**{"model": EMBEDDED} | settings, problems=prompts, seed=seed, explore_batch=prompts,
                          distill_batch=min(64, prompts), distill_epochs=4 if prompts > 64 else 8)
     return Stage(name, config, nll_epochs=4 if prompts > 64 else 8, **more)
@@ -346,7 +346,7 @@ def language_model(model: str) -> list[Stage]:
     """The frontier, smaller, on a chat model with one-digit sums."""
     train, test = sums(SCRATCH)
     config = erpd.Config(
-        model=model, data=train, test_data=test, template="{question} Reply with the number only.", problems=16, group=8,
+        model=model, data=train, test_data=test, template="{question} Reply with the number only.", problems=12, group=8,
         max_new_tokens=24, test_problems=27, test_samples=4, curve_samples=4, limit_samples=16, explore_lr=1e-5,
         explore_batch=16, unlearn_epochs=1, distill_lr=2e-5, distill_batch=8, distill_epochs=1, tokens_per_step=1100,
         sample_rows=256, precision="bf16")
@@ -357,11 +357,11 @@ def language_model(model: str) -> list[Stage]:
 def stages() -> list[Stage]:
     full = [stage("64 prompts", 64, seed) for seed in range(5)]
     frontier = [stage("256 prompts", 256, seed, everything=False) for seed in range(5)]
-    cells = [stage(name, 64, seed, everything=False, **more) for seed in range(2) for name, more in {
+    cells = [stage(name, 64, seed, everything=False, test_problems=128, **more) for seed in range(2) for name, more in {
         "3 carries": {"carries": (3,), "budgets": scaled(2.0)}, "2 carries": {"carries": (2,), "budgets": scaled(1.5)},
         "at most 1 carry": {"carries": (0, 1), "budgets": scaled(0.7)}, "2 operands": {"operands": 2, "budgets": scaled(0.5)},
         "8 operands": {"operands": 8, "budgets": scaled(2.0), "max_new_tokens": 128, "model": LONG_BASE}}.items()]
-    cells += [stage("16 prompts", 16, seed, everything=False) for seed in range(2)]
+    cells += [stage("16 prompts", 16, seed, everything=False, test_problems=128) for seed in range(2)]
     return full + frontier + cells
 
 
