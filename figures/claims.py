@@ -11,8 +11,8 @@ statistics and thresholds below were fixed before the results were known, but fo
 its whole interval is on the right side of its threshold; a claim holds when all its statistics are met, holds in part when
 some are, and does not hold when none is.
 
-Stages: `64 prompts` (64 problems × 16 completions, all methods, 5 seeds), `256 prompts` (the same with 256, the frontier's
-methods), and cells of the map, with 128 held-out problems: 16 prompts; problems with 3, with 2 and with at most 1 carry, where the base is right about 5,
+Stages: `64 prompts` (64 problems × 16 completions, all methods, 5 seeds), `256 prompts` (the default run's settings, with SAPO
+and cross-entropy beside it, 3 seeds), and cells of the map, with 128 held-out problems: 16 prompts; problems with 3, with 2 and with at most 1 carry, where the base is right about 5,
 15 and 60 % of the time; chains of 2 and of 8 operands.
 
 A *path* is what one setting of a method leads through: checkpoints by epoch, students by budget, interpolations by share.
@@ -356,12 +356,13 @@ def language_model(model: str) -> list[Stage]:
 
 def stages() -> list[Stage]:
     full = [stage("64 prompts", 64, seed) for seed in range(5)]
-    frontier = [stage("256 prompts", 256, seed, everything=False) for seed in range(5)]
-    cells = [stage(name, 64, seed, everything=False, test_problems=128, **more) for seed in range(2) for name, more in {
+    short = {"everything": False, "losses": ("sapo", "nll")}
+    frontier = [stage("256 prompts", 256, seed, budgets=(0.25, 0.5, 1.0), **short) for seed in range(3)]
+    cells = [stage(name, 64, seed, test_problems=128, **short, **more) for seed in range(2) for name, more in {
         "3 carries": {"carries": (3,), "budgets": scaled(2.0)}, "2 carries": {"carries": (2,), "budgets": scaled(1.5)},
         "at most 1 carry": {"carries": (0, 1), "budgets": scaled(0.7)}, "2 operands": {"operands": 2, "budgets": scaled(0.5)},
         "8 operands": {"operands": 8, "budgets": scaled(2.0), "max_new_tokens": 128, "model": LONG_BASE}}.items()]
-    cells += [stage("16 prompts", 16, seed, everything=False, test_problems=128) for seed in range(2)]
+    cells += [stage("16 prompts", 16, seed, test_problems=128, **short) for seed in range(2)]
     return full + frontier + cells
 
 
