@@ -298,7 +298,10 @@ class Bench:
                      path="sapo + mse + nll, contrast", kind="contrast", teacher="sapo + mse + nll", at=0)
 
     def rounds(self, budget: float, method: str = "erpd rounds", start=None, before: int = 0, count: int = 3) -> None:
-        """Rounds of ERPD, each from the last one's student with new problems; every KL is to the first base."""
+        """Rounds of ERPD, each from the last one's student with new problems; every KL is to the first base.
+
+        From another `start`, GRPO's end, the problems are the last ones that it saw.
+        """
         base, size, config = start or self.base, self.config.problems, replace(self.config, kl_budget=budget)
         for this_round in range(1, count + 1):
             problems = self.problems[-this_round * size:][:size] if start else self.problems[(this_round - 1) * size:][:size]
@@ -321,7 +324,10 @@ class Bench:
     # ----------------------------------------------------------------------------------------------- where it lands
 
     def first_wrong(self, rollouts: rollout.Rollouts, problems) -> Tensor:
-        """[B] index of the first token that a right worked solution would not have; the length where there is none."""
+        """[B] index of the first token that a right worked solution would not have; the length where there is none.
+
+        It takes a character for a token, as the embedded policies do.
+        """
         texts = rollout.completion_texts(self.policy[1], rollouts)
         firsts = []
         for text, group, length in zip(texts, rollouts.groups.tolist(), rollouts.length.tolist()):
@@ -332,7 +338,7 @@ class Bench:
                 total += n
             right += f"So \\boxed{{{total}}}."
             firsts.append(next((i for i, (a, b) in enumerate(zip(text, right)) if a != b), length))
-        return torch.tensor(firsts)  # characters are tokens
+        return torch.tensor(firsts)
 
     def landing(self) -> None:
         """How well −s_t finds the first wrong token of a wrong chain, and −Σs that a prefix has gone wrong: AUROC."""
