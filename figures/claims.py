@@ -398,7 +398,7 @@ def outcomes(results: Path) -> dict[str, list[Outcome]]:
     by_stage: dict[str, list[Outcome]] = {}
     for (name, _), rows in sorted(found.items(), key=lambda item: item[0][1]):
         done = {row["job"] for row in rows}
-        if {"weights: nll", "weights: sapo"} | ({"after grpo"} if name == "64 prompts" else set()) <= done:
+        if {"erpd", "weights: erpd", "weights: nll", "weights: sapo"} | ({"after grpo"} if name == "64 prompts" else set()) <= done:
             by_stage.setdefault(name, []).append(Outcome(rows))
     return by_stage
 

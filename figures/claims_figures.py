@@ -7,6 +7,7 @@ apart; a method has the same colour, and marker, in all pictures.
 import math
 from pathlib import Path
 
+import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -138,14 +139,15 @@ def language_model(by_stage: dict) -> None:
                 axes.plot([0, *(row["kl"] for row in path)], [o.base, *(row["accuracy"] for row in path)], color=colour,
                           marker=marker, linestyle=line, linewidth=1 + (method == "erpd"), markersize=5,
                           label=label if first else None)
-    axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_xlim(0, 6)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (log above 0.1)",
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axes.set_xlim(0, 3.2)
+    axes.set_xticks([0, 0.1, 0.3, 1, 2, 3], ["0", "0.1", "0.3", "1", "2", "3"])
+    axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (square-root scale)",
              ylabel="right completions, held out")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_title(f"SmolLM2-135M-Instruct on one-digit sums ({len(outcomes)} seeds, a line each)", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set_title(f"SmolLM2-135M-Instruct on one-digit sums: from 96 completions no method stands out ({len(outcomes)} seeds, "
+                   "a line each)", fontsize=9)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, "language_model.png")
 
 
