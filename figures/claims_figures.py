@@ -145,8 +145,7 @@ def language_model(by_stage: dict) -> None:
     axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (square-root scale)",
              ylabel="right completions, held out")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_title(f"SmolLM2-135M-Instruct on one-digit sums: from 96 completions no method stands out ({len(outcomes)} seeds, "
-                   "a line each)", fontsize=9)
+    axes.set_title(f"SmolLM2-135M on one-digit sums: from 96 completions no method stands out ({len(outcomes)} seeds)", fontsize=9)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, "language_model.png")
 
