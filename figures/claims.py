@@ -358,11 +358,11 @@ def stages() -> list[Stage]:
     full = [stage("64 prompts", 64, seed) for seed in range(5)]
     short = {"everything": False, "losses": ("sapo", "nll")}
     frontier = [stage("256 prompts", 256, seed, budgets=(0.25, 0.5, 1.0, 1.5), **short) for seed in range(3)]
-    cells = [stage(name, 64, seed, test_problems=128, **short, **more) for seed in range(1) for name, more in {
+    cells = [stage(name, 64, seed, test_problems=128, **short, **more) for seed in range(2) for name, more in {
         "3 carries": {"carries": (3,), "budgets": scaled(2.0)}, "2 carries": {"carries": (2,), "budgets": scaled(1.5)},
         "at most 1 carry": {"carries": (0, 1), "budgets": scaled(0.7)}, "2 operands": {"operands": 2, "budgets": scaled(0.5)},
         "8 operands": {"operands": 8, "budgets": scaled(2.0), "max_new_tokens": 128, "model": LONG_BASE}}.items()]
-    cells += [stage("16 prompts", 16, seed, test_problems=128, budgets=scaled(1.0), **short) for seed in range(1)]
+    cells += [stage("16 prompts", 16, seed, test_problems=128, budgets=scaled(1.0), **short) for seed in range(2)]
     return full + frontier + cells
 
 
