@@ -178,7 +178,8 @@ def weak_teachers(by_stage: dict) -> None:
         name = row.get("teacher", "unlearned") + (f", epoch {row['at']}" if row.get("teacher") == "sapo" else "")
         if row["kind"] != "teacher":
             below = row.get("teacher") == "mse"  # it stands where SAPO after 4 epochs does
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(-9, -38) if below else (2, 16), fontsize=8, rotation=60)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(-9, -38) if below else (2, 16), fontsize=8,
+                          rotation=60)
     base = mean_interval([o.base for o in outcomes])[0]
     axes.axhline(base, color="grey", linestyle=":", linewidth=1)
     axes.text(0.11, base + 0.008, "base", fontsize=8, color="grey")
