@@ -310,7 +310,7 @@ def report(by_stage: dict[str, list[Outcome]]) -> str:
 
 def percent(values: list[float]) -> str:
     mean, half = mean_interval(values)
-    return f"{mean:6.1%} ± {half:.1%}"
+    return f"{mean:6.1%}" + (f" ± {half:.1%}" if len(values) > 1 else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ what is run
