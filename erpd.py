@@ -163,15 +163,16 @@ def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], o
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    updates = epochs * math.ceil(len(rollouts) / batch)
+    passes = [in_batches(rollouts, batch, generator) for _ in range(epochs)]
+    updates = sum(map(len, passes))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates if decay else 1.0)
     shown, step = {}, 0
     with tqdm(total=updates, desc=desc, unit="update", leave=False) as bar:
-        for epoch in range(1, epochs + 1):
-            for index in in_batches(len(rollouts), batch, generator):
+        for epoch, indices in enumerate(passes, 1):
+            for index in indices:
                 tokens, completions = int(rollouts.length[index].sum()), len(index)
                 loss_value, figures = 0.0, {}
-                for chosen in by_tokens(rollouts.total_length[index], config.tokens_per_step):
+                for chosen in by_tokens(rollouts.select(index), config.tokens_per_step):
                     rows = index[chosen]
                     part = rollouts.select(rows).to(device)
                     cut = {name: (x[rows, :part.log_probs.shape[1]] if x.dim() == 2 else x[rows]).to(device)

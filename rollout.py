@@ -116,6 +116,16 @@ class Rollouts:
         """[B, T] the sampled tokens."""
         return self.ids.gather(1, self.completion_positions)
 
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """(rows [n], no two of them alike in prompt and completion; which of these each row [B] is a copy of).
+
+        A group repeats itself, a sure policy's most of all, and what the copies cost is paid once.
+        """
+        text = torch.cat([self.prompt_length[:, None], self.length[:, None], self.ids], 1)
+        different, copy_of = torch.unique(text, dim=0, return_inverse=True)
+        rows = torch.arange(len(self), device=self.ids.device)
+        return rows.new_zeros(len(different)).scatter_reduce_(0, copy_of, rows, "amin", include_self=False), copy_of
+
     def select(self, rows: Tensor) -> "Rollouts":
         """These rows, with the columns that none of them uses cut off."""
         part = Rollouts(*(getattr(self, f.name)[rows] for f in fields(self)))
@@ -146,25 +156,33 @@ class Rollouts:
                            for name in ("prompt_length", "length", "rewards", "groups")})
 
 
-def in_batches(count: int, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """Row indices 0 … count − 1 in batches of `size`; shuffled if a generator is given. The last may be smaller."""
-    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-    yield from order.split(size)
+def in_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> list[Tensor]:
+    """Row indices in shuffled batches of about `size`: copies of a row stay together, since they cost nothing more."""
+    _, copy_of = rollouts.distinct()
+    place = torch.randperm(int(copy_of.max()) + 1, generator=generator)[copy_of]
+    copies = place.bincount()
+    batch = (copies.cumsum(0) - copies) // size
+    sizes = batch[place].bincount()
+    return list(place.argsort(stable=True).split(sizes[sizes > 0].tolist()))
 
 
-def by_tokens(lengths: Tensor, budget: int, padding: float = 0.1) -> list[Tensor]:
-    """Row indices in batches of like lengths, the longest first. Each batch has at most `budget` tokens, padding
-    included, but at least one row, and less than `padding` of its tokens are padding.
+def by_tokens(rollouts: Rollouts, budget: int, padding: float = 0.1) -> list[Tensor]:
+    """Row indices in batches of like lengths, the longest first. Each has at most `budget` tokens, padding included, but
+    at least one row, and less than `padding` of them are padding. Copies of a row share its batch and count once.
     """
+    distinct, copy_of = rollouts.distinct()
+    lengths = rollouts.total_length[distinct]
     order = lengths.argsort(descending=True, stable=True)
-    sizes, rows, width, tokens = [], 0, 0, 0
-    for length in lengths[order].tolist():
+    copies = copy_of.bincount()[order]
+    sizes, rows, width, tokens = [0], 0, 0, 0
+    for length, count in zip(lengths[order].tolist(), copies.tolist()):
         full = (rows + 1) * width
         if full > budget or tokens + length <= (1 - padding) * full:
-            sizes.append(rows)
+            sizes.append(0)
             rows, tokens = 0, 0
+        sizes[-1] += count
         rows, tokens, width = rows + 1, tokens + length, width if rows else length
-    return list(order.split([*sizes, rows]))
+    return list(order.argsort()[copy_of].argsort(stable=True).split(sizes))
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
@@ -219,22 +237,25 @@ def completion_figures(model, rollouts: Rollouts, temperature: float = 1.0, *, w
     """log π(y_t|s_t), on request the entropy and the exact KL to the model `reference`, at every stored prefix [B, T],
     0 after the end, on the rollouts' device, with gradients where they are enabled.
     """
+    distinct, copy_of = rollouts.distinct()
+    rollouts = rollouts.select(distinct)
     mask = rollouts.mask.bool()
     with torch.no_grad():
         reference = None if reference is None else completion_states(reference, rollouts)
     states, head = completion_states(model, rollouts)
     figures = kl.token_figures(states, head, rollouts.completions[mask], temperature, with_entropy=with_entropy,
                                reference=reference)
-    return kl.TokenFigures(*(x if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in figures))
+    return kl.TokenFigures(*(x if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x).index_select(0, copy_of)
+                             for x in figures))
 
 
 @torch.no_grad()
 def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: int = 8192,
-          desc: str | None = None) -> Tensor:
+          desc: str = "scoring") -> Tensor:
     """log π(y_t|s_t) [B, T] of the stored completions, 0 after their ends, on the CPU."""
     device = next(model.parameters()).device
     scores = torch.zeros_like(rollouts.log_probs)
-    for rows in tqdm(by_tokens(rollouts.total_length, tokens_per_step), desc=desc, disable=desc is None, leave=False):
+    for rows in tqdm(by_tokens(rollouts, tokens_per_step), desc=desc, leave=False):
         log_probs = completion_figures(model, rollouts.select(rows).to(device), temperature).log_prob
         scores[rows, :log_probs.shape[1]] = log_probs.cpu()
     return scores
@@ -243,20 +264,20 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 class ReservedLayer(DynamicLayer):
-    """One layer's keys and values of a group, with room for every token still to come: nothing is copied as they grow.
+    """One layer's keys and values, with room for more rows and for every token to come: nothing is copied as they grow.
 
     It takes the place of transformers' dynamic layers, which build new tensors for every token.
     """
 
-    def __init__(self, prompt: DynamicLayer, fan_out: Tensor, new_tokens: int):
+    def __init__(self, prompt: DynamicLayer, rows: int, new_tokens: int):
         super().__init__()
         self.is_initialized, self.is_sliding = True, prompt.is_sliding
         self.sliding_window = getattr(prompt, "sliding_window", None)
         self.seen, self.filled = prompt.get_seq_length(), prompt.keys.shape[-2]
         for name in ("keys", "values"):
             states = getattr(prompt, name)
-            room = states.new_empty(len(fan_out), states.shape[1], self.filled + new_tokens, states.shape[3])
-            torch.index_select(states, 0, fan_out, out=room[:, :, :self.filled])
+            room = states.new_empty(rows, states.shape[1], self.filled + new_tokens, states.shape[3])
+            room[:len(states), :, :self.filled] = states
             setattr(self, name, room)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -284,15 +305,32 @@ class ReservedLayer(DynamicLayer):
             states[moved, :, :self.filled] = states[rows[moved], :, :self.filled]
 
 
+def branch(row: Tensor, chosen: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tree of a batch grows by a token: samples [S] whose prefixes were `row`s of the cache have `chosen` tokens.
+
+    Samples that still agree go on in one row. Returns where each row of the next cache comes from [N], its token [N], and
+    each sample's row there [S]. One child of a row stays in its place; others, and the last rows, go where rows are free.
+    """
+    children, child_of = torch.unique(row * vocabulary + chosen, return_inverse=True)
+    parents = children // vocabulary
+    stays = (parents < len(parents)) & (parents != torch.cat([parents.new_full((1,), -1), parents[:-1]]))
+    taken = torch.zeros_like(stays)
+    taken[parents[stays]] = True
+    place = torch.where(stays, parents, 0)
+    place[~stays] = (~taken).nonzero()[:, 0]
+    order = place.argsort()
+    return parents[order], children[order] % vocabulary, place[child_of]
+
+
 @torch.no_grad()
 def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_tokens: int, temperature: float,
            stop: Sequence[int], pad_id: int, seed: int, problems: Tensor | None = None) -> Rollouts:
     """`group` completions of every prompt (a list of ids): P·group rows, a prompt's side by side; rewards are NaN.
 
-    A prompt is run once and its key–value cache fanned out over its group. Prompts are padded on the left, so that all
-    sequences end in the same column. When rows end, the last rows of the batch move into their places. The behaviour
-    log-probs come from the very logits that were sampled. The noise belongs to (problem, sample), by default the prompt's
-    index: the same seed gives the same text in any batch, up to rounding.
+    The completions of a prompt are a tree: the prompt is run once, and so is every prefix that several of them have in
+    common; where they part, its key–value cache is copied. Prompts are padded on the left, so that all sequences end in
+    the same column. The behaviour log-probs come from the very logits that were sampled. The noise belongs to (problem,
+    sample), by default the prompt's index: the same seed gives the same text in any batch, up to rounding.
     """
     device = next(model.parameters()).device
     prompt_length = torch.tensor([len(p) for p in prompts])
@@ -303,36 +341,31 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
 
     output = model(input_ids=left_padded, attention_mask=attention[:, :width].long(), use_cache=True,
                    position_ids=position.clamp(min=0), logits_to_keep=1)
-    fan_out = torch.arange(len(prompts), device=device).repeat_interleave(group)
-    cache = output.past_key_values
+    cache, logits, position = output.past_key_values, output.logits[:, -1], prompt_length.to(device)
     if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])):
-        cache.layers = [ReservedLayer(layer, fan_out, max_new_tokens) for layer in cache.layers]
-    else:
-        cache.reorder_cache(fan_out)  # a cache of the model's own kind
-    logits, attention, position = output.logits[fan_out, -1], attention[fan_out], prompt_length.to(device)[fan_out]
+        cache.layers = [ReservedLayer(layer, total, max_new_tokens) for layer in cache.layers]  # else: the model's own
 
     groups = torch.arange(len(prompts)) if problems is None else problems
-    samples = torch.arange(total, device=device) % group
-    noise = kl.uniform_noise(seed, groups.to(device)[fan_out], samples, max_new_tokens)
+    row = torch.arange(len(prompts), device=device).repeat_interleave(group)  # of the cache: the sample's prefix
+    noise = kl.uniform_noise(seed, groups.to(device)[row], torch.arange(total, device=device) % group, max_new_tokens)
     tokens = torch.full((total, max_new_tokens), pad_id, device=device)
     log_probs = torch.zeros(total, max_new_tokens, device=device)
     length = torch.zeros(total, dtype=torch.long, device=device)
     stop = torch.tensor(stop, device=device)
-    alive = torch.arange(total, device=device)  # the rows still in the batch
+    alive = torch.arange(total, device=device)  # the samples still going
     for t in range(max_new_tokens):
-        chosen, log_prob = kl.choose(logits, temperature, noise[alive, t])
+        chosen, log_prob = kl.choose(logits[row], temperature, noise[alive, t])
         tokens[alive, t], log_probs[alive, t] = chosen, log_prob
         length[alive] += 1
-        ended = torch.isin(chosen, stop)
-        going = (~ended).nonzero()[:, 0]
+        going = (~torch.isin(chosen, stop)).nonzero()[:, 0]
         if len(going) == 0 or t == max_new_tokens - 1:
             break
-        if len(going) < len(alive):
-            rows = torch.arange(len(going), device=device)
-            rows[ended[:len(rows)]] = going[going >= len(rows)]
-            alive, chosen, attention, position = alive[rows], chosen[rows], attention[rows], position[rows]
-            cache.reorder_cache(rows)
-        logits = model(input_ids=chosen[:, None], attention_mask=attention[:, :width + t + 1].long(), use_cache=True,
+        alive = alive[going]
+        parents, token, row = branch(row[going], chosen[going], logits.shape[-1])
+        if not torch.equal(parents, torch.arange(len(logits), device=device)):
+            attention, position = attention[parents], position[parents]
+            cache.reorder_cache(parents)
+        logits = model(input_ids=token[:, None], attention_mask=attention[:, :width + t + 1].long(), use_cache=True,
                        position_ids=position[:, None] + t, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
     tokens, log_probs, length = tokens.cpu(), log_probs[:, :length.max()].cpu(), length.cpu()
@@ -408,7 +441,7 @@ def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0,
     device = next(model.parameters()).device
     kl_sum = entropy_sum = torch.zeros((), dtype=torch.float64, device=device)
     other = None if reference is model else reference
-    for rows in tqdm(by_tokens(rollouts.total_length, tokens_per_step), desc="exact KL", leave=False):
+    for rows in tqdm(by_tokens(rollouts, tokens_per_step), desc="exact KL", leave=False):
         batch = rollouts.select(rows).to(device)
         figures = completion_figures(model, batch, temperature, with_entropy=True, reference=other)
         entropy_sum = entropy_sum + figures.entropy.sum()

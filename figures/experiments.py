@@ -404,7 +404,7 @@ class Bench:
     def spent(self, policy, rollouts: rollout.Rollouts) -> Tensor:
         """Exact KL(π‖π_0) [B, T] at every prefix."""
         out = torch.zeros_like(rollouts.log_probs)
-        for rows in rollout.by_tokens(rollouts.total_length, self.config.tokens_per_step):
+        for rows in rollout.by_tokens(rollouts, self.config.tokens_per_step):
             part = rollouts.select(rows).to(self.base.device)
             figures = rollout.completion_figures(policy, part, self.config.temperature, reference=self.base)
             out[rows, :part.log_probs.shape[1]] = figures.kl.cpu()

@@ -152,7 +152,7 @@ def training_step(model, rows: int = 16, columns: int = 128, prompt: int = 38) -
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (rows, columns), device=model.device)
     lengths = [torch.full((rows,), n, device=model.device) for n in (prompt, columns - prompt)]
-    batch = rollout.Rollouts(ids, *lengths, torch.zeros(rows, columns - prompt, device=model.device), None, None)
+    batch = rollout.Rollouts(ids, *lengths, torch.zeros(rows, columns - prompt, device=model.device), *torch.zeros(2, rows))
 
     def ours() -> int:
         kl.masked_mean(rollout.completion_figures(model, batch).log_prob, batch.mask).neg().backward()
@@ -178,7 +178,7 @@ def job(group: int, completion: int, vocabulary: int, layers: int) -> dict:
         start = time.perf_counter()
         batch = rollout.sample(model, prompts, group, max_new_tokens=completion, temperature=1.0, stop=[], pad_id=0,
                                seed=0)
-        for rows in rollout.by_tokens(batch.total_length, 8192):
+        for rows in rollout.by_tokens(batch, 8192):
             part = batch.select(rows).to(DEVICE)
             kl.masked_mean(rollout.completion_figures(model, part).log_prob, part.mask).neg().backward()
         times.append(time.perf_counter() - start)

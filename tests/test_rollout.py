@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import kl
 from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
-from rollout import (Rollouts, bootstrap_interval, by_tokens, collect, completion_figures, completion_texts, divergence,
+from rollout import (Rollouts, bootstrap_interval, branch, by_tokens, collect, completion_figures, completion_texts, divergence,
                      encode_prompt, evaluate, in_batches, load_policy, output_head, pass_at_k, sample, save_policy, score,
                      stop_ids)
 
@@ -188,18 +188,63 @@ def test_the_head_of_a_trained_copy_is_its_own(make_model):
     torch.testing.assert_close(score(model, rollouts), unpadded_log_probs(model, rollouts), atol=1e-4, rtol=0)
 
 
+def test_copies_are_run_once(make_model, monkeypatch):
+    """Mistake: one row's figures given to another, or a copy's gradient lost. A text that stands there thrice counts thrice."""
+    model, runs = make_model("qwen3"), []
+    rows = rollouts_by_hand([([5, 3], [4, 7, EOS]), ([5], [6, EOS]), ([5, 3], [4, 7]), ([5, 3, 4], [7, EOS])])
+    many = rows.select(torch.tensor([0, 1, 0, 2, 3, 0, 1])).to(model.device)
+    distinct, copy_of = many.distinct()
+    assert sorted(distinct.tolist()) == [0, 1, 3, 4]  # one text cut differently is another row, and so is a shorter one
+    assert distinct[copy_of].tolist() == [0, 1, 0, 3, 4, 0, 1]
+    forward = model.base_model.forward
+    monkeypatch.setattr(model.base_model, "forward", lambda *a, **k: runs.append(len(k["input_ids"])) or forward(*a, **k))
+    weights = torch.arange(1.0, 8.0, device=model.device)[:, None]
+    figures = completion_figures(model, many, with_entropy=True)
+    assert runs[-1] == 4
+    found = gradients(model, (figures.log_prob * weights).sum())
+    alone = [completion_figures(model, many.select(torch.tensor([row], device=model.device)), with_entropy=True) for row in range(7)]
+    wanted = gradients(model, *((row.log_prob * weight).sum() for row, weight in zip(alone, weights)))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for row, figure in enumerate(alone):
+        length = figure.entropy.shape[1]
+        torch.testing.assert_close(figures.entropy[row:row + 1, :length], figure.entropy, rtol=1e-4, atol=1e-6)
+
+
+def with_copies(lengths, copies):
+    """Rollouts of these total lengths, each row several times, shuffled."""
+    rows = rollouts_by_hand([([5], [index] * (int(length) - 1)) for index, length in enumerate(lengths)])
+    order = torch.arange(len(lengths)).repeat_interleave(copies)
+    return rows.select(order[torch.randperm(len(order))])
+
+
 @pytest.mark.parametrize("budget", [1, 400, 3000, 10**6])
-def test_batches_by_tokens(budget):
-    """Mistake: rows lost, a budget that forgets the padding, or batches that are mostly padding."""
+@pytest.mark.parametrize("copies", [1, 3])
+def test_batches_by_tokens(budget, copies):
+    """Mistake: rows lost, copies parted, a budget that forgets the padding, or batches that are mostly padding."""
     torch.manual_seed(0)
-    lengths = torch.randint(20, 200, (257,))
-    batches = by_tokens(lengths, budget)
-    assert torch.cat(batches).sort().values.tolist() == list(range(257))
+    rollouts = with_copies(torch.randint(20, 200, (257,)), copies)
+    batches = by_tokens(rollouts, budget)
+    assert torch.cat(batches).sort().values.tolist() == list(range(257 * copies))
     for rows in batches:
-        filled = len(rows) * int(lengths[rows].max())
-        assert len(rows) == 1 or filled <= budget
-        assert 1 - int(lengths[rows].sum()) / filled < 0.1
-    assert len(by_tokens(torch.full((64,), 50), 10**6)) == 1 and len(by_tokens(lengths, 10**6)) < 20
+        lengths = rollouts.total_length[rows[rollouts.select(rows).distinct()[0]]]
+        filled = len(lengths) * int(lengths.max())
+        assert len(rows) == copies * len(lengths)
+        assert len(lengths) == 1 or filled <= budget
+        assert 1 - int(lengths.sum()) / filled < 0.1
+    assert len(by_tokens(with_copies([50] * 64, 1), 10**6)) == 1 and len(by_tokens(rollouts, 10**6)) < 20
+
+
+@pytest.mark.parametrize("count, size, copies", [(7, 3, 1), (6, 3, 1), (2, 5, 1), (1, 1, 1), (40, 16, 4), (10, 2, 5)])
+def test_in_batches(count, size, copies):
+    """Mistake: rows dropped or seen twice in an epoch, copies parted, or an order that the seed does not fix."""
+    rollouts = with_copies([5] * count, copies)
+    once, again, other = (in_batches(rollouts, size, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert sorted(torch.cat(once).tolist()) == list(range(count * copies))
+    assert all(map(torch.equal, once, again)) and (count < 6 or torch.cat(once).tolist() != torch.cat(other).tolist())
+    assert all(len(rows) == copies * len(rollouts.select(rows).distinct()[0]) for rows in once)
+    if copies == 1:
+        assert [len(rows) for rows in once] == [min(size, count - i) for i in range(0, count, size)]
+    assert all(len(rows) < size + copies for rows in once)
 
 
 # --------------------------------------------------------------------------------------------------------- sampling
@@ -255,6 +300,32 @@ def test_the_sampler_is_the_scorer(model, temperature):
     ratio = (score(model, rollouts, temperature) - rollouts.log_probs).exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-4, rtol=0)
     assert (rollouts.log_probs[rollouts.mask == 1] < 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tree_grows(seed):
+    """Mistake: a sample that goes on from another's prefix, or a cache copied whole where one row has moved."""
+    torch.manual_seed(seed)
+    row = torch.randint(20, (200,)).unique(return_inverse=True)[1]
+    samples = torch.randperm(200)[:150]  # the others have ended; whole rows may have gone with them
+    row, chosen = row[samples], torch.randint(3, (150,))
+    parents, tokens, place = branch(row, chosen, 3)
+    assert torch.equal(parents[place], row) and torch.equal(tokens[place], chosen)
+    assert sorted(zip(parents.tolist(), tokens.tolist())) == sorted(set(zip(row.tolist(), chosen.tolist())))
+    survivors = row.unique()
+    assert (parents == torch.arange(len(parents))).sum() == (survivors < len(parents)).sum()
+
+
+def test_a_common_prefix_is_run_once(make_model, monkeypatch):
+    """Mistake: every sample of a group run for itself while they all still say the same."""
+    model, runs = make_model("qwen3"), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: runs.append(len(k["input_ids"])) or forward(*a, **k))
+    rollouts = draw(model, group=16, temperature=0.2)
+    alive = [[(row // 16, *completion[:t]) for row, (_, completion) in enumerate(rows_of(rollouts)) if len(completion) > t]
+             for t in range(12)]
+    assert runs == [len(set(prefixes)) for prefixes in alive if prefixes]
+    assert len(PROMPTS) < max(runs) < 16 * len(PROMPTS)
 
 
 def test_cached_decoding_is_the_full_forward_pass(model):
@@ -353,17 +424,6 @@ def test_select_trims_and_concatenate_pads():
     joined = Rollouts.concatenate(parts, pad_id=EOS)
     assert len(joined) == 4 and list(rows_of(joined)) == [rows[i] for i in (2, 0, 3, 1)]
     assert_same(joined.select(torch.argsort(joined.groups)), whole)
-
-
-@pytest.mark.parametrize("count, size", [(7, 3), (6, 3), (2, 5), (1, 1)])
-def test_in_batches(count, size):
-    """Mistake: rows dropped or seen twice in an epoch, or an order that the seed does not fix."""
-    assert torch.cat(list(in_batches(count, size))).tolist() == list(range(count))
-    shuffled = [list(in_batches(count, size, torch.Generator().manual_seed(1))) for _ in range(2)]
-    assert sorted(torch.cat(shuffled[0]).tolist()) == list(range(count))
-    assert [len(b) for b in shuffled[0]] == [min(size, count - i) for i in range(0, count, size)]
-    assert torch.equal(torch.cat(shuffled[0]), torch.cat(shuffled[1]))
-    assert list(range(99)) != torch.cat(list(in_batches(99, size, torch.Generator().manual_seed(1)))).tolist()
 
 
 # ------------------------------------------------------------------------------------------------- text and policies
