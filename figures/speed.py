@@ -147,21 +147,25 @@ def sampling(model, tokenizer, prompts: list[list[int]], group: int, max_new_tok
     return in_turn(ours, theirs)
 
 
-def training_step(model, rows: int = 16, columns: int = 128, prompt: int = 38) -> dict:
+def training_step(model, batch: rollout.Rollouts) -> dict:
     """Forward and backward of −mean log π over the completions, against transformers' logits and log_softmax."""
-    torch.manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (rows, columns), device=model.device)
-    lengths = [torch.full((rows,), n, device=model.device) for n in (prompt, columns - prompt)]
-    batch = rollout.Rollouts(ids, *lengths, torch.zeros(rows, columns - prompt, device=model.device), *torch.zeros(2, rows))
+    rows = torch.arange(len(batch), device=model.device)[:, None]
+    batch, pieces = batch.to(model.device), rollout.by_tokens(batch, 8192)
+    tokens, in_all = int(batch.length.sum()), int(batch.total_length.sum())
 
     def ours() -> int:
-        kl.masked_mean(rollout.completion_figures(model, batch).log_prob, batch.mask).neg().backward()
-        return ids.numel()
+        for chosen in pieces:
+            part = batch.select(chosen)
+            log_probs = rollout.completion_figures(model, part).log_prob
+            kl.masked_mean(log_probs, part.mask, tokens).neg().backward()
+        return in_all
 
     def theirs() -> int:
-        log_pi = model(input_ids=ids[:, :-1], use_cache=False).logits.float().log_softmax(-1)
-        log_pi.gather(-1, ids[:, 1:, None])[:, prompt - 1:].mean().neg().backward()
-        return ids.numel()
+        attention = torch.arange(batch.ids.shape[1] - 1, device=model.device) < batch.total_length[:, None]
+        log_pi = model(input_ids=batch.ids[:, :-1], attention_mask=attention, use_cache=False).logits.float().log_softmax(-1)
+        log_probs = log_pi.gather(-1, batch.ids[:, 1:, None])[..., 0][rows, batch.completion_positions - 1]
+        ((log_probs * batch.mask).sum() / tokens).neg().backward()
+        return in_all
 
     return in_turn(ours, theirs)
 
@@ -176,8 +180,7 @@ def job(group: int, completion: int, vocabulary: int, layers: int) -> dict:
     before, prompts, times = peak(), torch.randint(vocabulary, (16, 16)).tolist(), []
     for _ in range(4):
         start = time.perf_counter()
-        batch = rollout.sample(model, prompts, group, max_new_tokens=completion, temperature=1.0, stop=[], pad_id=0,
-                               seed=0)
+        batch = rollout.sample(model, prompts, group, max_new_tokens=completion, temperature=1.0, stop=[], pad_id=0, seed=0)
         for rows in rollout.by_tokens(batch, 8192):
             part = batch.select(rows).to(DEVICE)
             kl.masked_mean(rollout.completion_figures(model, part).log_prob, part.mask).neg().backward()
@@ -199,6 +202,24 @@ def language_model_sampling(folder: str) -> dict:
     return sampling(model.requires_grad_(False).to(torch.bfloat16), tokenizer, prompts, 8, 64)
 
 
+def full_step(folder: str, rows: int = 16, columns: int = 128, prompt: int = 38) -> dict:
+    """All rows equally long and no two alike: nothing is saved on padding or on copies."""
+    model = rollout.load_policy(folder, DEVICE)[0]
+    torch.manual_seed(0)
+    lengths = [torch.full((rows,), n) for n in (prompt, columns - prompt)]
+    return training_step(model, rollout.Rollouts(torch.randint(model.config.vocab_size, (rows, columns)), *lengths,
+                                                 torch.zeros(rows, columns - prompt), *torch.zeros(2, rows)))
+
+
+def sampled_step(folder: str) -> dict:
+    """Completions as the model samples them."""
+    model, tokenizer = rollout.load_policy(folder, DEVICE)
+    prompts = [rollout.encode_prompt(tokenizer, question) for question in SUMS[:2]]
+    stop = rollout.stop_ids(model, tokenizer)
+    return training_step(model, rollout.sample(model, prompts, 8, max_new_tokens=128 - len(prompts[0]), temperature=1.0,
+                                               stop=stop, pad_id=stop[0], seed=0))
+
+
 def time_of_layer(_) -> dict:
     inputs = layer(TOKENS)
 
@@ -214,8 +235,8 @@ def time_of_layer(_) -> dict:
 ROWS = {
     "embedded": ("sampling, embedded policy, 64 × 16", "model.generate", 2, lambda _: embedded_sampling(EMBEDDED)),
     "sampling": ("sampling, SmolLM2-135M bf16, 8 × 8", "model.generate", 1.5, language_model_sampling),
-    "step": ("a training step, SmolLM2-135M, 16 × 128", "transformers' logits, log_softmax", 1.3,
-             lambda folder: training_step(rollout.load_policy(folder, DEVICE)[0])),
+    "step": ("a training step, SmolLM2-135M, 16 × 128", "transformers' logits, log_softmax", 1.3, full_step),
+    "sampled": ("the same, 16 completions as they are sampled", "transformers' logits, log_softmax", 1.3, sampled_step),
     "time": (f"log-prob + backward, {TOKENS} tokens: time", "log_softmax over full logits", 1, time_of_layer),
     "memory": (f"log-prob + backward, {TOKENS} tokens: memory", "log_softmax over full logits", 12,
                lambda _: memory("log_prob", TOKENS)),
@@ -282,7 +303,7 @@ if __name__ == "__main__":
         if name == "growth":
             for size in JOB:
                 record("growth", size, [in_a_process("job", **JOB | {size: JOB[size] * k}) for k in (1, 2, 4)])
-        elif name in ("sampling", "step") and not arguments.model:
+        elif name in ("sampling", "step", "sampled") and not arguments.model:
             print(f"({name} needs a language model: --model FOLDER)")
         else:
             what, against, goal, work = ROWS[name]
