@@ -252,6 +252,20 @@ def test_token_figures_where_tokens_have_no_probability():
         torch.testing.assert_close(figures.kl, torch.full((2,), math.log(3) - 1.5 * math.log(2)))
 
 
+@pytest.mark.parametrize("block", [1, 40, 10**9])
+def test_sure_tokens(block):
+    """Mistake: log Σe^z = 55 as one fp32 number: its rounding is a good part of what 1 − p leaves to learn from."""
+    torch.manual_seed(0)
+    ids = torch.arange(5)
+    hidden = (torch.rand(5, 50) + 15 * F.one_hot(ids, 50) + 10 * ids[:, None]).requires_grad_()
+    log_prob = kl.token_figures(hidden, kl.Head(torch.eye(50)), ids, block=block).log_prob
+    log_prob.sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    exact.log_softmax(1)[ids, ids].sum().backward()
+    assert_relative(log_prob.double(), exact.log_softmax(1)[ids, ids], 0.02)
+    assert_relative(hidden.grad[ids, ids].double(), exact.grad[ids, ids], 0.02)
+
+
 def test_token_figures_in_bf16():
     """Item 13: sums over a vocabulary in bf16. The logits are rounded, as the model's own are; nothing after them is."""
     torch.manual_seed(0)
