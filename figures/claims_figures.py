@@ -177,9 +177,11 @@ def weak_teachers(by_stage: dict) -> None:
         seen.add(row["kind"])
         name = row.get("teacher", "unlearned") + (f", epoch {row['at']}" if row.get("teacher") == "sapo" else "")
         if row["kind"] != "teacher":
-            below = row.get("teacher") == "mse"  # it stands where SAPO after 4 epochs does
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(-9, -38) if below else (2, 16), fontsize=8,
-                          rotation=60)
+            # Teachers of like accuracy: their labels go up, down to the left and down to the right.
+            up = {"xytext": (2, 16), "rotation": 60, "ha": "left"}
+            apart = {"mse": (-2, "right"), "sapo, epoch 1": (-2, "right"), "ce": (6, "left")}.get(name)
+            down = apart and {"xytext": (apart[0], -16), "rotation": 60 if apart[0] < 0 else -60, "ha": apart[1]}
+            axes.annotate(name, (x, y), textcoords="offset points", fontsize=8, rotation_mode="anchor", **(down or up))
     base = mean_interval([o.base for o in outcomes])[0]
     axes.axhline(base, color="grey", linestyle=":", linewidth=1)
     axes.text(0.11, base + 0.008, "base", fontsize=8, color="grey")
