@@ -267,7 +267,7 @@ def draw(measured: dict) -> None:
     bars.plot([row["goal"] for row in rows], range(len(rows)), "|", color=rollout.COLOURS[3], markersize=18,
               markeredgewidth=2.5, label="the goal that was set")
     for i, row in enumerate(rows):
-        bars.annotate(f"{row['ratio']:.2g}×", (max(row["ratio"], row["goal"]), i), xytext=(6, 0),
+        bars.annotate(f"{row['ratio']:.3g}×", (max(row["ratio"], row["goal"]), i), xytext=(6, 0),
                       textcoords="offset points", va="center", fontsize=8)
     bars.set_yticks(range(len(rows)), [f"{row['what']}\nagainst {row['against']}" for row in rows], fontsize=7)
     bars.set(xscale="log", xlim=(0.5, 300), xlabel="times as fast, or times less memory",
