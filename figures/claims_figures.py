@@ -178,10 +178,10 @@ def weak_teachers(by_stage: dict) -> None:
         name = row.get("teacher", "unlearned") + (f", epoch {row['at']}" if row.get("teacher") == "sapo" else "")
         if row["kind"] != "teacher":
             # Teachers of like accuracy: their labels go up, down to the left and down to the right.
-            up = {"xytext": (2, 16), "rotation": 60, "ha": "left"}
-            apart = {"mse": (-2, "right"), "sapo, epoch 1": (-2, "right"), "ce": (6, "left")}.get(name)
-            down = apart and {"xytext": (apart[0], -16), "rotation": 60 if apart[0] < 0 else -60, "ha": apart[1]}
-            axes.annotate(name, (x, y), textcoords="offset points", fontsize=8, rotation_mode="anchor", **(down or up))
+            up, left, right = ((2, 16), 60, "left"), ((-2, -16), 60, "right"), ((6, -16), -60, "left")
+            offset, slant, side = {"mse": left, "sapo, epoch 1": left, "ce": right}.get(name, up)
+            axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", rotation=slant, ha=side, fontsize=8,
+                          rotation_mode="anchor")
     base = mean_interval([o.base for o in outcomes])[0]
     axes.axhline(base, color="grey", linestyle=":", linewidth=1)
     axes.text(0.11, base + 0.008, "base", fontsize=8, color="grey")
