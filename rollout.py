@@ -7,7 +7,7 @@ Models stay in eval mode everywhere, so dropout is off alike where tokens are sa
 import itertools
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import kl
 from rewards import InputError, Problem, reward
@@ -121,10 +121,13 @@ class Rollouts:
 
         A group repeats itself, a sure policy's most of all, and what the copies cost is paid once.
         """
-        text = torch.cat([self.prompt_length[:, None], self.length[:, None], self.ids], 1)
-        different, copy_of = torch.unique(text, dim=0, return_inverse=True)
-        rows = torch.arange(len(self), device=self.ids.device)
-        return rows.new_zeros(len(different)).scatter_reduce_(0, copy_of, rows, "amin", include_self=False), copy_of
+        return first_of_each(torch.cat([self.prompt_length[:, None], self.length[:, None], self.ids], 1))
+
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """(rows [n], no two of them alike in their prompts; which of these begins as each row [B] does)."""
+        prompts = self.ids[:, :int(self.prompt_length.max())]
+        inside = torch.arange(prompts.shape[1], device=self.ids.device) < self.prompt_length[:, None]
+        return first_of_each(torch.where(inside, prompts, -1))
 
     def select(self, rows: Tensor) -> "Rollouts":
         """These rows, with the columns that none of them uses cut off."""
@@ -154,6 +157,13 @@ class Rollouts:
                         log_probs=torch.cat([padded(p.log_probs, longest, 0.0) for p in parts]),
                         **{name: torch.cat([getattr(p, name) for p in parts])
                            for name in ("prompt_length", "length", "rewards", "groups")})
+
+
+def first_of_each(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(the first [n] of each kind of row [B, k], the kind [B] of every row)."""
+    kinds, kind = torch.unique(rows, dim=0, return_inverse=True)
+    index = torch.arange(len(rows), device=rows.device)
+    return index.new_zeros(len(kinds)).scatter_reduce_(0, kind, index, "amin", include_self=False), kind
 
 
 def in_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> list[Tensor]:
@@ -214,22 +224,96 @@ def output_head(model) -> kl.Head | None:
     return None if SHAPES[model] is None else kl.Head(layer.weight, *SHAPES[model])
 
 
+class PromptLayer(DynamicLayer):
+    """One layer's keys and values of the prompts. It does not grow: with checkpointing the layer runs a second time."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+
+class ContinuedLayer(PromptLayer):
+    """The same, for rows that go on from them: row b after the prompt tokens places[b] [B, P] of all [n·P]."""
+
+    def __init__(self, prompts: PromptLayer, places: Tensor):
+        super().__init__()
+        super().update(prompts.keys, prompts.values)
+        self.places = places
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return self.continued(self.keys, key_states), self.continued(self.values, value_states)
+
+    def continued(self, prompts: Tensor, new: Tensor) -> Tensor:
+        tokens = prompts.transpose(1, 2).flatten(0, 1).index_select(0, self.places.flatten())
+        return torch.cat([tokens.unflatten(0, self.places.shape).transpose(1, 2), new], 2)
+
+
+PLAIN_CACHES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model → bool
+
+
+def is_plain(cache) -> bool:
+    """Whether a cache holds keys and values of the tokens, as transformers' own does, and nothing of a model's own kind."""
+    return type(cache) is DynamicCache and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
+
+
+@torch.no_grad()
+def has_plain_cache(model) -> bool:
+    """Asked of the model itself, once."""
+    if model not in PLAIN_CACHES:
+        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        PLAIN_CACHES[model] = is_plain(getattr(model.base_model(input_ids=token, use_cache=True), "past_key_values", None))
+    return PLAIN_CACHES[model]
+
+
 def completion_states(model, rollouts: Rollouts) -> tuple[Tensor, kl.Head | None]:
     """(hidden states [N, d] before each of the N completion tokens, output head); or their logits [N, V] and None.
 
-    Rows are padded on the right, where causal attention never looks from inside a completion: no attention mask is
-    needed. The distribution of a token is the output one position before it; nothing else reaches the output layer.
+    The distribution of a token is the output one position before it; nothing else reaches the output layer. A prompt is
+    run once for all rows that it begins where that saves a tenth of the tokens: with less the attention mask, which
+    whole rows do without, costs as much.
     """
-    head, inputs = output_head(model), rollouts.ids[:, :-1]
-    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    inputs = {"input_ids": inputs, "position_ids": positions, "use_cache": False}
-    states = model(**inputs).logits if head is None else model.base_model(**inputs).last_hidden_state
-    rows = torch.arange(len(states), device=states.device)[:, None]
-    before = rows * states.shape[1] + rollouts.completion_positions - 1
-    states = states.flatten(0, 1).index_select(0, before[rollouts.mask.bool()])
+    head = output_head(model)
+
+    def run(ids: Tensor, first: Tensor, **cache) -> Tensor:
+        """Outputs [B·L, d or V] of tokens [B, L], of which each row's first stands at position first [B, 1]."""
+        position = first + torch.arange(ids.shape[1], device=ids.device)
+        output = (model if head is None else model.base_model)(input_ids=ids, position_ids=position, **cache)
+        return (output.logits if head is None else output.last_hidden_state).flatten(0, 1)
+
+    prompts, prompt_of = rollouts.prompts()
+    whole, steps = rollouts.ids[:, :-1], rollouts.log_probs.shape[1] - 1
+    shared = len(prompts) * int(rollouts.prompt_length.max()) + len(whole) * steps
+    if shared <= 0.9 * whole.numel() and has_plain_cache(model):
+        states, before = states_after_prompts(run, rollouts, prompts, prompt_of)
+    else:  # padding is on the right, where causal attention never looks from inside a completion: no mask is needed
+        states = run(whole, torch.zeros_like(rollouts.length)[:, None], use_cache=False)
+        row = torch.arange(len(whole), device=whole.device)[:, None]
+        before = row * whole.shape[1] + rollouts.completion_positions - 1
+    states = states.index_select(0, before[rollouts.mask.bool()])
     if torch.is_autocast_enabled(states.device.type):  # the sampler's output layer runs in this type
         states = states.to(torch.get_autocast_dtype(states.device.type))
     return states, head
+
+
+def states_after_prompts(run: Callable, rollouts: Rollouts, prompts: Tensor, prompt_of: Tensor) -> tuple[Tensor, Tensor]:
+    """(outputs of all tokens run, the place [B, T] among them of the one before each completion token).
+
+    First the prompts of the rows `prompts` [n]; then the completions, row b on the keys and values of prompt_of[b].
+    """
+    length, steps = rollouts.prompt_length[:, None], rollouts.log_probs.shape[1] - 1
+    begun = rollouts.ids[prompts, :int(length.max())]
+    width, first = begun.shape[1], prompt_of[:, None] * begun.shape[1]
+    cache = Cache(layer_class_to_replicate=PromptLayer)
+    states, before = run(begun, torch.zeros_like(prompts)[:, None], past_key_values=cache, use_cache=True), first + length - 1
+    if steps == 0:
+        return states, before
+    # Prompts move to the right, up to their completions, so that windows of attention reach as far as in whole rows.
+    column = torch.arange(width + steps, device=length.device) - (width - length)
+    places = first + column[:, :width].clamp(min=0)
+    cache = Cache(layers=[ContinuedLayer(layer, places) for layer in cache.layers])
+    after = run(rollouts.completions[:, :-1], length, past_key_values=cache, use_cache=True, attention_mask=(column >= 0).long())
+    place = len(states) + torch.arange(len(after), device=length.device).view(-1, steps)
+    return torch.cat([states, after]), torch.cat([before, place], 1)
 
 
 def completion_figures(model, rollouts: Rollouts, temperature: float = 1.0, *, with_entropy: bool = False,
@@ -342,7 +426,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     output = model(input_ids=left_padded, attention_mask=attention[:, :width].long(), use_cache=True,
                    position_ids=position.clamp(min=0), logits_to_keep=1)
     cache, logits, position = output.past_key_values, output.logits[:, -1], prompt_length.to(device)
-    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])):
+    if is_plain(cache):
         cache.layers = [ReservedLayer(layer, total, max_new_tokens) for layer in cache.layers]  # else: the model's own
 
     groups = torch.arange(len(prompts)) if problems is None else problems

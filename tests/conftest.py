@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
-from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PhiConfig, PreTrainedTokenizerFast, Qwen3Config
-from transformers import (CohereForCausalLM, Gemma2ForCausalLM, GPT2LMHeadModel, GraniteForCausalLM, PhiForCausalLM,
-                          Qwen3ForCausalLM)
+from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, Lfm2Config, PhiConfig
+from transformers import (CohereForCausalLM, Gemma2ForCausalLM, GPT2LMHeadModel, GraniteForCausalLM, Lfm2ForCausalLM,
+                          PhiForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 # "a" and "b" merge to "ab" in text, but a policy may as well choose "a" and then "b".
 WORDS = ["<eos>", "<user>", "<model>", *"0123456789", "+", "=", "a", "b", "ab"]
@@ -44,9 +44,11 @@ def make_model(device):
         elif name == "gemma2":  # logits capped at ±3, a window of 6 tokens in every other layer
             settings = {"final_logit_softcapping": 3.0, "sliding_window": 6, **settings}
             model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **LAYERS, **settings))
-        else:  # scaled logits; a bias in the output layer
+        else:  # scaled logits; a bias in the output layer; convolutions, whose cache is no keys and values
             kinds = {"cohere": (CohereForCausalLM, CohereConfig), "granite": (GraniteForCausalLM, GraniteConfig),
-                     "phi": (PhiForCausalLM, PhiConfig)}
+                     "phi": (PhiForCausalLM, PhiConfig), "lfm2": (Lfm2ForCausalLM, Lfm2Config)}
+            if name == "lfm2":
+                settings = {"layer_types": ["conv", "full_attention"], **settings}
             kind, config = kinds[name]
             layers = {k: v for k, v in LAYERS.items() if k != "head_dim"}
             model = kind(config(**SIZES, **layers, **settings))

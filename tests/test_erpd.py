@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
+import kl
+import rollout
 from erpd import Config, Diverged
 from rewards import InputError, chain_problems, group_advantages
-from rollout import Rollouts, collect, completion_figures, load_policy, score
+from rollout import Rollouts, collect, completion_figures, load_policy, sample, score
 
 TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
 SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, test_problems=8, test_samples=2, curve_samples=1, limit_samples=2, explore_epochs=2,
@@ -147,6 +149,22 @@ def test_checkpointing_changes_no_update(stage):
         next(checkpointed.parameters()).zero_()
     assert torch.equal(weights(again), weights(erpd.trainable(again, 1e-4)[0]))
     torch.testing.assert_close(score(again, rollouts), score(model, rollouts), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_checkpointing_changes_no_gradient_of_a_shared_prompt(make_model, monkeypatch, name):
+    """A cache that grows when its layer runs again; keys and values of a prompt that lose their gradient there."""
+    base, runs, gradients = make_model(name), [], []
+    prompts = [[5, 3, 14, 4, 9, 13, 7, 3], [4], [6, 13]]
+    rollouts = sample(base, prompts, 4, max_new_tokens=9, temperature=1.0, stop=[0], pad_id=0, seed=0).to(base.device)
+    shared = rollout.states_after_prompts
+    monkeypatch.setattr(rollout, "states_after_prompts", lambda *a: runs.append(1) or shared(*a))
+    for checkpointing in (False, True):
+        model, _ = erpd.trainable(base, 1e-3, checkpointing)
+        kl.masked_mean(completion_figures(model, rollouts).log_prob, rollouts.mask).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert len(runs) == 2
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_stages_leave_base_and_batch_as_they_were(stage):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import kl
 from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
-from rollout import (Rollouts, bootstrap_interval, branch, by_tokens, collect, completion_figures, completion_texts, divergence,
-                     encode_prompt, evaluate, in_batches, load_policy, output_head, pass_at_k, sample, save_policy, score,
-                     stop_ids)
+from rollout import (PLAIN_CACHES, Rollouts, bootstrap_interval, branch, by_tokens, collect, completion_figures,
+                     completion_texts, divergence, encode_prompt, evaluate, has_plain_cache, in_batches, load_policy,
+                     output_head, pass_at_k, sample, save_policy, score, stop_ids)
 
 PROMPTS = [[5, 3, 14, 4, 9, 13, 7], [4], [6, 13, 8, 14]]  # ragged
 NAMES = [f.name for f in fields(Rollouts)]
@@ -211,6 +211,41 @@ def test_copies_are_run_once(make_model, monkeypatch):
         torch.testing.assert_close(figures.entropy[row:row + 1, :length], figure.entropy, rtol=1e-4, atol=1e-6)
 
 
+GROUPS = [([5, 3, 14, 4, 9, 13, 7, 3], [9, 4, EOS]), ([5, 3, 14], [4, 9, 13, 7]), ([4], [4, 6, 7, 8, 9, 10, 11, 12, EOS]),
+          ([5, 3, 14], [EOS]), ([5, 3, 14, 4, 9, 13, 7, 3], [8]), ([5, 3, 14], [4, 9, 13, 11, 5, EOS]), ([4], [EOS]),
+          ([5, 3, 14, 4, 9, 13, 7, 3], [9, 4, 4, 4, 7]), ([5, 3, 14, 4, 9, 13, 7, 3], [3, 4, 5, 6, 7, 8, 9])]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "phi"])
+@pytest.mark.parametrize("rows", [GROUPS, [(prompt, completion[:1]) for prompt, completion in GROUPS]],
+                         ids=["ragged", "one token"])
+def test_a_prompt_is_run_once(make_model, name, rows):
+    """Mistake: a completion after another's prompt, its padding, or at another's positions; gradients that stop at the prompt."""
+    model, rollouts, losses, runs = make_model(name), rollouts_by_hand(rows), [], []
+    for prompt, completion in rows:
+        ids = torch.tensor([prompt + completion], device=model.device)
+        labels = torch.tensor([[-100] * len(prompt) + completion], device=model.device)
+        losses.append(model(ids, labels=labels).loss * len(completion))
+    expected = gradients(model, sum(losses) / rollouts.length.sum().item())
+    output_head(model), has_plain_cache(model)
+    hook = model.base_model.register_forward_hook(lambda *call: runs.append(tuple(call[-1].last_hidden_state.shape[:2])))
+    log_probs = completion_figures(model, rollouts.to(model.device)).log_prob
+    hook.remove()
+    distinct, steps = len(rollouts.distinct()[0]), rollouts.log_probs.shape[1] - 1
+    assert runs == [(3, 8)] + [(distinct, steps)] * (steps > 0)
+    torch.testing.assert_close(log_probs.detach().cpu(), unpadded_log_probs(model, rollouts), atol=1e-4, rtol=0)
+    for ours, theirs in zip(gradients(model, loss_of(model, rollouts)), expected):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
+
+
+def test_a_prompt_is_run_once_only_where_that_pays(make_model, monkeypatch):
+    """Mistake: long completions of few samples made to pay for an attention mask."""
+    model = make_model("qwen3")
+    monkeypatch.setattr("rollout.states_after_prompts", None)
+    for rows in ([([5, 3], [4] * 20), ([5, 3], [6] * 20)], [([5, index], [4]) for index in range(6)]):
+        completion_figures(model, rollouts_by_hand(rows).to(model.device))
+
+
 def with_copies(lengths, copies):
     """Rollouts of these total lengths, each row several times, shuffled."""
     rows = rollouts_by_hand([([5], [index] * (int(length) - 1)) for index, length in enumerate(lengths)])
@@ -261,12 +296,18 @@ def test_the_text_does_not_depend_on_the_batch(model, tokenizer):
     assert fewer == alike[0][:12]
 
 
-def test_a_cache_of_the_models_own_kind(make_model, monkeypatch):
-    """Mistake: a cache that is not understood taken apart. Then the model's own is used, with the same text."""
-    model = make_model("gemma2")
+@pytest.mark.parametrize("name", ["gemma2", "lfm2"])
+def test_a_cache_of_the_models_own_kind(make_model, monkeypatch, name):
+    """Mistake: a cache that is not understood taken apart. Then the model's own is used, and whole rows are scored."""
+    model = make_model(name)
     ours = draw(model, group=8, max_new_tokens=20)
+    torch.testing.assert_close(ours.log_probs, unpadded_log_probs(model, ours), atol=1e-4, rtol=0)
+    assert has_plain_cache(model) == (name == "gemma2")
     monkeypatch.setattr("rollout.DynamicSlidingWindowLayer", type(None))
+    PLAIN_CACHES.clear()
     assert_same(draw(model, group=8, max_new_tokens=20), ours)
+    monkeypatch.setattr("rollout.states_after_prompts", None)
+    torch.testing.assert_close(completion_figures(model, ours.to(model.device)).log_prob.cpu(), ours.log_probs, atol=1e-4, rtol=0)
 
 
 def test_autocast_samples_and_scores_alike(make_bigram):
