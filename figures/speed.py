@@ -4,23 +4,29 @@
     python figures/speed.py --model path/to/SmolLM2-135M-Instruct      # and the rows that need a language model
 
 Times are medians of five or more repetitions, with the two alternatives taken in turn in one process: on a shared
-machine only the ratios mean anything. Memory is measured in processes of their own, as the peak over what was there
-before; the table has it without the gradient of the output embedding, which comes out whole in any case (speed.json has
-both). The last panels say how time and memory of one job, sampling and a training step, grow when its group, its
-completions, its vocabulary or its layers are doubled and doubled again. Memory follows `tokens_per_step` and not the
-group or the completions once a step is full, and the vocabulary only by its weights.
+machine only the ratios mean anything; the table has the smallest and the largest of the pairs, too. Memory is measured
+in processes of their own, as the peak over what was there before; the table has it without the gradient of the output
+embedding, which comes out whole in any case (speed.json has both). The last row runs `python erpd.py` as it was at an
+earlier commit, from this repository's history.
+
+The other panels say how time and memory of one job, sampling and a training step, grow when its group, its completions,
+its vocabulary or its layers are doubled and doubled again. Memory follows `tokens_per_step` and not the group or the
+completions once a step is full, and the vocabulary only by its weights.
 """
 
 import argparse
+import io
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
@@ -37,6 +43,7 @@ from rewards import chain_problems  # noqa: E402
 RESULTS, PICTURE = HERE / "results" / "speed.json", HERE / "speed.png"
 EMBEDDED = str(HERE.parent / "tutorial" / "tiny_base")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BEFORE = "32b9e82"  # the first version that was complete, with nothing in it made fast
 TOKENS, WIDTH, VOCABULARY = 2048, 1024, 151936  # the output layer of Qwen3-0.6B
 JOB = {"group": 8, "completion": 32, "vocabulary": 8192, "layers": 4}
 SUMS = [f"What is {a} + {b}?" for a, b in ((7, 5), (3, 4), (9, 8), (2, 6), (5, 5), (8, 1), (4, 7), (6, 9))]
@@ -65,10 +72,11 @@ def in_turn(ours: Callable, theirs: Callable, repetitions: int = 5) -> dict:
 
 
 def peak() -> int:
-    """Bytes: the most memory this process has held so far."""
+    """Bytes: the most memory this process has held so far (on a CPU, under Linux)."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def in_a_process(name: str, **settings) -> dict:
@@ -202,13 +210,14 @@ def language_model_sampling(folder: str) -> dict:
     return sampling(model.requires_grad_(False).to(torch.bfloat16), tokenizer, prompts, 8, 64)
 
 
-def full_step(folder: str, rows: int = 16, columns: int = 128, prompt: int = 38) -> dict:
-    """All rows equally long and no two alike: nothing is saved on padding or on copies."""
+def full_step(folder: str, prompts: int, rows: int = 16, columns: int = 128, prompt: int = 38) -> dict:
+    """All rows equally long, no two completions alike, as many of each prompt: nothing is saved on padding or on copies."""
     model = rollout.load_policy(folder, DEVICE)[0]
     torch.manual_seed(0)
+    ids, other = torch.randint(model.config.vocab_size, (2, rows, columns))
+    ids[:, :prompt] = other[:prompts, :prompt].repeat_interleave(rows // prompts, 0)
     lengths = [torch.full((rows,), n) for n in (prompt, columns - prompt)]
-    return training_step(model, rollout.Rollouts(torch.randint(model.config.vocab_size, (rows, columns)), *lengths,
-                                                 torch.zeros(rows, columns - prompt), *torch.zeros(2, rows)))
+    return training_step(model, rollout.Rollouts(ids, *lengths, torch.zeros(rows, columns - prompt), *torch.zeros(2, rows)))
 
 
 def sampled_step(folder: str) -> dict:
@@ -218,6 +227,20 @@ def sampled_step(folder: str) -> dict:
     stop = rollout.stop_ids(model, tokenizer)
     return training_step(model, rollout.sample(model, prompts, 8, max_new_tokens=128 - len(prompts[0]), temperature=1.0,
                                                stop=stop, pad_id=stop[0], seed=0))
+
+
+def default_run(_) -> dict:
+    """`python erpd.py` from start to end, beside that of `BEFORE`."""
+    def work(checkout: Path) -> int:
+        with TemporaryDirectory() as folder:
+            command = [sys.executable, checkout / "erpd.py", "--model", checkout / "tutorial" / "tiny_base"]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        return 3600
+
+    with TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "-C", HERE.parent, "archive", BEFORE], check=True, capture_output=True).stdout
+        tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")
+        return {**in_turn(lambda: work(HERE.parent), lambda: work(Path(folder))), "unit": "runs/h"}
 
 
 def time_of_layer(_) -> dict:
@@ -235,13 +258,16 @@ def time_of_layer(_) -> dict:
 ROWS = {
     "embedded": ("sampling, embedded policy, 64 × 16", "model.generate", 2, lambda _: embedded_sampling(EMBEDDED)),
     "sampling": ("sampling, SmolLM2-135M bf16, 8 × 8", "model.generate", 1.5, language_model_sampling),
-    "step": ("a training step, SmolLM2-135M, 16 × 128", "transformers' logits, log_softmax", 1.3, full_step),
-    "sampled": ("the same, 16 completions as they are sampled", "transformers' logits, log_softmax", 1.3, sampled_step),
+    "step": ("a training step, SmolLM2-135M, 2 prompts × 8", "transformers' logits, log_softmax", 1.3,
+             partial(full_step, prompts=2)),
+    "apart": ("the same, 16 prompts × 1", "transformers' logits, log_softmax", 1.3, partial(full_step, prompts=16)),
+    "sampled": ("the same, 2 × 8 as they are sampled", "transformers' logits, log_softmax", 1.3, sampled_step),
     "time": (f"log-prob + backward, {TOKENS} tokens: time", "log_softmax over full logits", 1, time_of_layer),
     "memory": (f"log-prob + backward, {TOKENS} tokens: memory", "log_softmax over full logits", 12,
                lambda _: memory("log_prob", TOKENS)),
     "kl": (f"exact KL + backward, {TOKENS // 2} tokens: memory", "full logits of both", 12,
            lambda _: memory("kl", TOKENS // 2)),
+    "run": ("python erpd.py, wall time", f"commit {BEFORE}", 2, default_run),
 }
 
 
@@ -255,8 +281,9 @@ def record(part: str, name: str, value) -> dict:
 
 
 def line(row: dict) -> str:
+    pairs = [ours / theirs for ours, theirs in zip(*row["all"].values())] if "all" in row else []
     return (f"{row['what']:48} {row['ours']:10.1f} against {row['theirs']:10.1f} {row['unit']:8} ({row['against']}): "
-            f"{row['ratio']:5.2f}×, goal {row['goal']}×")
+            f"{row['ratio']:5.2f}×{f' ({min(pairs):.2f} – {max(pairs):.2f})' if pairs else ''}, goal {row['goal']}×")
 
 
 def draw(measured: dict) -> None:
@@ -303,7 +330,7 @@ if __name__ == "__main__":
         if name == "growth":
             for size in JOB:
                 record("growth", size, [in_a_process("job", **JOB | {size: JOB[size] * k}) for k in (1, 2, 4)])
-        elif name in ("sampling", "step", "sampled") and not arguments.model:
+        elif name in ("sampling", "step", "apart", "sampled") and not arguments.model:
             print(f"({name} needs a language model: --model FOLDER)")
         else:
             what, against, goal, work = ROWS[name]
