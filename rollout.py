@@ -167,15 +167,9 @@ def first_of_each(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Row indices in shuffled batches of about `size`. Copies of a row stay together, since they cost nothing more, but
-    only up to a quarter of a batch: more would make an update the gradient of a few texts.
-    """
+    """Row indices in shuffled batches of about `size`: copies of a row stay together, since they cost nothing more."""
     _, copy_of = rollouts.distinct()
-    copies = copy_of.bincount()
-    number = torch.empty_like(copy_of)  # of each row among its copies
-    number[copy_of.argsort(stable=True)] = torch.cat([torch.arange(count) for count in copies.tolist()])
-    _, clump = first_of_each(torch.stack([copy_of, number // max(1, size // 4)], 1))
-    place = torch.randperm(int(clump.max()) + 1, generator=generator)[clump]
+    place = torch.randperm(int(copy_of.max()) + 1, generator=generator)[copy_of]
     copies = place.bincount()
     batch = (copies.cumsum(0) - copies) // size
     sizes = batch[place].bincount()

