@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import kl
@@ -258,10 +258,11 @@ def is_plain(cache) -> bool:
 
 @torch.no_grad()
 def has_plain_cache(model) -> bool:
-    """Asked of the model itself, once."""
+    """Asked of the model itself, once; of what is no model of transformers', nothing is known."""
     if model not in PLAIN_CACHES:
-        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-        PLAIN_CACHES[model] = is_plain(getattr(model.base_model(input_ids=token, use_cache=True), "past_key_values", None))
+        ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        PLAIN_CACHES[model] = isinstance(model, PreTrainedModel) and is_plain(
+            getattr(model.base_model(input_ids=ids, use_cache=True), "past_key_values", None))
     return PLAIN_CACHES[model]
 
 
