@@ -332,6 +332,8 @@ if __name__ == "__main__":
                 record("growth", size, [in_a_process("job", **JOB | {size: JOB[size] * k}) for k in (1, 2, 4)])
         elif name in ("sampling", "step", "apart", "sampled") and not arguments.model:
             print(f"({name} needs a language model: --model FOLDER)")
+        elif name == "run" and subprocess.run(["git", "-C", HERE.parent, "cat-file", "-e", BEFORE], capture_output=True).returncode:
+            print(f"(run needs commit {BEFORE}, which this clone has not: git fetch --unshallow)")
         else:
             what, against, goal, work = ROWS[name]
             result = work(arguments.model)
