@@ -234,7 +234,7 @@ def test_a_prompt_is_run_once(make_model, name, rows):
     distinct, steps = len(rollouts.distinct()[0]), rollouts.log_probs.shape[1] - 1
     assert runs == [(3, 8)] + [(distinct, steps)] * (steps > 0)
     torch.testing.assert_close(log_probs.detach().cpu(), unpadded_log_probs(model, rollouts), atol=1e-4, rtol=0)
-    for ours, theirs in zip(gradients(model, loss_of(model, rollouts)), expected):
+    for ours, theirs in zip(gradients(model, loss_of(model, rollouts)), expected, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
 
 
