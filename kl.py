@@ -90,7 +90,7 @@ def on_policy_kl(kl: Tensor, log_ratio: Tensor, mask: Tensor, max_weight: float 
 
 # ------------------------------------------------------------- the same from hidden states, without the logits [N, V]
 
-BLOCK = 2**22  # logits in memory at a time: 16 MB, near a CPU's caches, yet enough work for a GPU
+BLOCK, GPU_BLOCK = 2**22, 2**24  # logits in memory at a time: 16 MB, near a CPU's caches; 64 MB, enough work for a GPU
 
 
 class Head(NamedTuple):
@@ -111,12 +111,13 @@ class TokenFigures(NamedTuple):
 
 def token_figures(hidden: Tensor, head: Head | None, ids: Tensor, temperature: float = 1.0, *,
                   with_entropy: bool = False, reference: tuple[Tensor, Head | None] | None = None,
-                  block: int = BLOCK) -> TokenFigures:
+                  block: int | None = None) -> TokenFigures:
     """log π(y|s) [N] of the tokens `ids` [N], from the hidden states [N, d] at s; on request the entropy [N], and the
     KL [N] to a reference, given by its (hidden states, head) there. About `block` logits are in memory at a time.
 
     A model whose output layer is no `Head` has its logits [N, V] for `hidden`, and None for `head`; so has its reference.
     """
+    block = block or (BLOCK if hidden.device.type == "cpu" else GPU_BLOCK)
     if head is not None and (reference is None or reference[1] is not None):
         return TokenFigures(*_FromHidden.apply(hidden, head.weight, ids, head.scale, head.cap, temperature,
                                                with_entropy, reference, block))

@@ -158,6 +158,7 @@ def test_checkpointing_changes_no_gradient_of_a_shared_prompt(make_model, monkey
     prompts = [[5, 3, 14, 4, 9, 13, 7, 3], [4], [6, 13]]
     rollouts = sample(base, prompts, 4, max_new_tokens=9, temperature=1.0, stop=[0], pad_id=0, seed=0).to(base.device)
     shared = rollout.states_after_prompts
+    monkeypatch.setattr(rollout, "SHARING", {"cpu", "cuda"})
     monkeypatch.setattr(rollout, "states_after_prompts", lambda *a: runs.append(1) or shared(*a))
     for checkpointing in (False, True):
         model, _ = erpd.trainable(base, 1e-3, checkpointing)

@@ -219,8 +219,9 @@ GROUPS = [([5, 3, 14, 4, 9, 13, 7, 3], [9, 4, EOS]), ([5, 3, 14], [4, 9, 13, 7])
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "phi"])
 @pytest.mark.parametrize("rows", [GROUPS, [(prompt, completion[:1]) for prompt, completion in GROUPS]],
                          ids=["ragged", "one token"])
-def test_a_prompt_is_run_once(make_model, name, rows):
+def test_a_prompt_is_run_once(make_model, monkeypatch, name, rows):
     """Mistake: a completion after another's prompt, its padding, or at another's positions; gradients that stop at the prompt."""
+    monkeypatch.setattr("rollout.SHARING", {"cpu", "cuda"})
     model, rollouts, losses, runs = make_model(name), rollouts_by_hand(rows), [], []
     for prompt, completion in rows:
         ids = torch.tensor([prompt + completion], device=model.device)
@@ -270,17 +271,18 @@ def test_batches_by_tokens(budget, copies):
     assert len(by_tokens(with_copies([50] * 64, 1), 10**6)) == 1 and len(by_tokens(rollouts, 10**6)) < 20
 
 
-@pytest.mark.parametrize("count, size, copies", [(7, 3, 1), (6, 3, 1), (2, 5, 1), (1, 1, 1), (40, 16, 4), (10, 2, 5)])
-def test_in_batches(count, size, copies):
-    """Mistake: rows dropped or seen twice in an epoch, copies parted, or an order that the seed does not fix."""
-    rollouts = with_copies([5] * count, copies)
+@pytest.mark.parametrize("groups, size, group", [(7, 3, 1), (6, 3, 1), (2, 5, 1), (1, 1, 1), (40, 16, 4), (10, 2, 5), (9, 10, 4)])
+def test_in_batches(groups, size, group):
+    """Mistake: rows dropped or seen twice in an epoch, a group parted, or an order that the seed does not fix."""
+    rollouts = with_copies([5] * groups, group)
+    rollouts.groups = 3 * rollouts.completions[:, 0]  # what names a group is no index
     once, again, other = (in_batches(rollouts, size, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert sorted(torch.cat(once).tolist()) == list(range(count * copies))
-    assert all(map(torch.equal, once, again)) and (count < 6 or torch.cat(once).tolist() != torch.cat(other).tolist())
-    assert all(len(rows) == copies * len(rollouts.select(rows).distinct()[0]) for rows in once)
-    if copies == 1:
-        assert [len(rows) for rows in once] == [min(size, count - i) for i in range(0, count, size)]
-    assert all(len(rows) < size + copies for rows in once)
+    assert sorted(torch.cat(once).tolist()) == list(range(groups * group))
+    assert all(map(torch.equal, once, again)) and (groups < 6 or torch.cat(once).tolist() != torch.cat(other).tolist())
+    assert all(len(rows) == group * len(rollouts.groups[rows].unique()) for rows in once)
+    assert all(len(rows) < size + group for rows in once)
+    if size % group == 0:
+        assert [len(rows) for rows in once] == [min(size, groups * group - i) for i in range(0, groups * group, size)]
 
 
 # --------------------------------------------------------------------------------------------------------- sampling
