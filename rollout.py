@@ -395,11 +395,9 @@ class ReservedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.seen
 
-    def reorder_cache(self, rows: Tensor) -> None:
-        """Only rows that change their places are copied."""
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+    def copy_rows(self, source: Tensor, target: Tensor) -> None:
         for states in (self.keys, self.values):
-            states[moved, :, :self.filled] = states[rows[moved], :, :self.filled]
+            states[target, :, :self.filled] = states[source, :, :self.filled]
 
 
 def branch(row: Tensor, chosen: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -439,8 +437,9 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     output = model(input_ids=left_padded, attention_mask=attention[:, :width].long(), use_cache=True,
                    position_ids=position.clamp(min=0), logits_to_keep=1)
     cache, logits, position = output.past_key_values, output.logits[:, -1], prompt_length.to(device)
-    if is_plain(cache):
-        cache.layers = [ReservedLayer(layer, total, max_new_tokens) for layer in cache.layers]  # else: the model's own
+    reserved = is_plain(cache)  # else it is the model's own
+    if reserved:
+        cache.layers = [ReservedLayer(layer, total, max_new_tokens) for layer in cache.layers]
 
     groups = torch.arange(len(prompts)) if problems is None else problems
     row = torch.arange(len(prompts), device=device).repeat_interleave(group)  # of the cache: the sample's prefix
@@ -459,8 +458,12 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
             break
         alive = alive[going]
         parents, token, row = branch(row[going], chosen[going], logits.shape[-1])
-        if not torch.equal(parents, torch.arange(len(logits), device=device)):
-            attention, position = attention[parents], position[parents]
+        attention, position = attention[parents], position[parents]
+        moved = (parents != torch.arange(len(parents), device=device)).nonzero()[:, 0]
+        if reserved:
+            for layer in cache.layers if len(moved) else ():
+                layer.copy_rows(parents[moved], moved)
+        elif len(moved) or len(parents) < len(logits):
             cache.reorder_cache(parents)
         logits = model(input_ids=token[:, None], attention_mask=attention[:, :width + t + 1].long(), use_cache=True,
                        position_ids=position[:, None] + t, past_key_values=cache, logits_to_keep=1).logits[:, -1]

@@ -8,7 +8,7 @@
 Everything is measured on 256 held-out problems × 8 samples of the policy's own (4 on an explorer's way), KL(π‖π_0) is exact,
 in nats a completion. Intervals are 95 %, Student's t over seeds; every seed has other problems, samples and training. The
 statistics and thresholds below were fixed before the results were known, but for two that say so; all of it was measured again,
-by the same ones, when updates began to keep the copies of a text together. A statistic is met when its whole interval is on
+by the same ones, when updates began to hold whole groups. A statistic is met when its whole interval is on
 the right side of its threshold; a claim holds when all its statistics are met, holds in part when some are, and does not
 hold when none is.
 
