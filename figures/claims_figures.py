@@ -74,7 +74,7 @@ def extreme_region(by_stage: dict) -> None:
         if what in ("accuracy", "entropy"):
             axes.axhline(mean_interval([o.base if what == "accuracy" else o.entropy for o in outcomes])[0], color="grey",
                          linestyle=":", linewidth=1, label="base")
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    figure.axes[3].legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, fontsize=7, loc="upper left")
     for axes in figure.axes[2:]:
         axes.set_xlabel("updates on the stored batch (16 a pass)")
     figure.suptitle(f"Without a constraint the explorer rises first, then drifts and falls; the tighter the constraint, "
