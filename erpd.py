@@ -84,7 +84,7 @@ class Config:
                        "mse")
     explore_epochs: int = option(16, "passes of the explorer over the stored batch")
     explore_lr: float = option(3e-5, "its learning rate", 1e-6)
-    explore_batch: int = option(256, "completions an update", 256)
+    explore_batch: int = option(256, "completions an update, in whole groups", 256)
     advantage: str = option("std", "group advantage Â: std, mean (not divided), loo (leave one out)")
     beta: float = option(1.0, "scale β of the sequence log-ratio in ce and mse")
     clip_low: float = option(0.2, "ε_low of the loss clip and of grpo")
@@ -96,7 +96,7 @@ class Config:
     signal: str = option("contrast", "s_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
     distill_epochs: int = option(4, "passes of the distiller over the stored batch", 1)
     distill_lr: float = option(4e-4, "its learning rate, falling to 0", 1e-6)
-    distill_batch: int = option(64, "completions an update", 64)
+    distill_batch: int = option(64, "completions an update, in whole groups", 64)
     distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of s_t")
     kl_budget: float = option(1.0, "KL(π_θ‖π_0) that the student may spend in a round, nats a completion")
@@ -152,7 +152,7 @@ class Diverged(RuntimeError):
 def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], objective: Callable, *, epochs: int,
              batch: int, config: Config, seed: int, desc: str, reference=None, after_update: Callable | None = None,
              after_epoch: Callable | None = None, decay: bool = False) -> None:
-    """Minimise `objective` on the stored batch, `epochs` passes in updates of `batch` completions; changes `model`.
+    """Minimise `objective` on the stored batch, `epochs` passes in updates of about `batch` completions; changes `model`.
 
     `targets` are further tensors, [B] or [B, T], that are cut into micro-batches with the rollouts.
     `objective(policy, part, targets, tokens, completions)` gives the loss of one micro-batch and a dict of figures to show,

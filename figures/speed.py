@@ -157,10 +157,11 @@ def sampling(model, tokenizer, prompts: list[list[int]], group: int, max_new_tok
 
 
 def training_step(model, batch: rollout.Rollouts) -> dict:
-    """Forward and backward of −mean log π over the completions, against transformers' logits and log_softmax."""
-    rows = torch.arange(len(batch), device=model.device)[:, None]
-    batch, pieces = batch.to(model.device), rollout.by_tokens(batch, 8192)
-    tokens, in_all = int(batch.length.sum()), int(batch.total_length.sum())
+    """Forward and backward of −mean log π over the completions, 2,048 tokens at a time, against transformers' logits and
+    log_softmax, 16 rows at a time.
+    """
+    pieces, sixteen = rollout.by_tokens(batch, 2048), torch.arange(len(batch)).split(16)
+    batch, tokens, in_all = batch.to(model.device), int(batch.length.sum()), int(batch.total_length.sum())
 
     def ours() -> int:
         for chosen in pieces:
@@ -170,10 +171,13 @@ def training_step(model, batch: rollout.Rollouts) -> dict:
         return in_all
 
     def theirs() -> int:
-        attention = torch.arange(batch.ids.shape[1] - 1, device=model.device) < batch.total_length[:, None]
-        log_pi = model(input_ids=batch.ids[:, :-1], attention_mask=attention, use_cache=False).logits.float().log_softmax(-1)
-        log_probs = log_pi.gather(-1, batch.ids[:, 1:, None])[..., 0][rows, batch.completion_positions - 1]
-        ((log_probs * batch.mask).sum() / tokens).neg().backward()
+        for chosen in sixteen:
+            part = batch.select(chosen)
+            attention = torch.arange(part.ids.shape[1] - 1, device=model.device) < part.total_length[:, None]
+            logits = model(input_ids=part.ids[:, :-1], attention_mask=attention, use_cache=False).logits
+            log_probs = logits.float().log_softmax(-1).gather(-1, part.ids[:, 1:, None])[..., 0]
+            log_probs = log_probs.gather(1, part.completion_positions - 1)
+            ((log_probs * part.mask).sum() / tokens).neg().backward()
         return in_all
 
     with torch.autocast(DEVICE, torch.bfloat16, DEVICE == "cuda", cache_enabled=False):  # as erpd.py trains
@@ -224,10 +228,10 @@ def full_step(folder: str, prompts: int, rows: int = 16, columns: int = 128, pro
     return training_step(model, rollout.Rollouts(ids, *lengths, torch.zeros(rows, columns - prompt), *torch.zeros(2, rows)))
 
 
-def sampled_step(folder: str) -> dict:
+def sampled_step(folder: str, prompts: int) -> dict:
     """Completions as the model samples them."""
     model, tokenizer = rollout.load_policy(folder, DEVICE)
-    prompts = [rollout.encode_prompt(tokenizer, question) for question in SUMS[:2]]
+    prompts = [rollout.encode_prompt(tokenizer, question) for question in SUMS[:prompts]]
     stop = rollout.stop_ids(model, tokenizer)
     return training_step(model, rollout.sample(model, prompts, 8, max_new_tokens=128 - len(prompts[0]), temperature=1.0,
                                                stop=stop, pad_id=stop[0], seed=0))
@@ -265,7 +269,9 @@ ROWS = {
     "step": ("a training step, SmolLM2-135M, 2 prompts × 8", "transformers' logits, log_softmax", 1.3,
              partial(full_step, prompts=2)),
     "apart": ("the same, 16 prompts × 1", "transformers' logits, log_softmax", 1.3, partial(full_step, prompts=16)),
-    "sampled": ("the same, 2 × 8 as they are sampled", "transformers' logits, log_softmax", 1.3, sampled_step),
+    "sampled": ("the same, 2 × 8 as they are sampled", "transformers' logits, log_softmax", 1.3,
+                partial(sampled_step, prompts=2)),
+    "update": ("the same, 8 × 8 as they are sampled", "transformers, 16 rows at a time", 1.3, partial(sampled_step, prompts=8)),
     "time": (f"log-prob + backward, {TOKENS} tokens: time", "log_softmax over full logits", 1, time_of_layer),
     "memory": (f"log-prob + backward, {TOKENS} tokens: memory", "log_softmax over full logits", 12,
                lambda _: memory("log_prob", TOKENS)),
@@ -334,7 +340,7 @@ if __name__ == "__main__":
         if name == "growth":
             for size in JOB:
                 record("growth", size, [in_a_process("job", **JOB | {size: JOB[size] * k}) for k in (1, 2, 4)])
-        elif name in ("sampling", "step", "apart", "sampled") and not arguments.model:
+        elif name in ("sampling", "step", "apart", "sampled", "update") and not arguments.model:
             print(f"({name} needs a language model: --model FOLDER)")
         elif name == "run" and subprocess.run(["git", "-C", HERE.parent, "cat-file", "-e", BEFORE], capture_output=True).returncode:
             print(f"(run needs commit {BEFORE}, which this clone has not: git fetch --unshallow)")

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import kl
 from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
-from rollout import (PLAIN_CACHES, Rollouts, bootstrap_interval, branch, by_tokens, collect, completion_figures,
-                     completion_texts, divergence, encode_prompt, evaluate, has_plain_cache, in_batches, load_policy,
-                     output_head, pass_at_k, sample, save_policy, score, stop_ids)
+from rollout import (PLAIN_CACHES, ReservedLayer, Rollouts, bootstrap_interval, branch, by_tokens, collect,
+                     completion_figures, completion_texts, divergence, encode_prompt, evaluate, has_plain_cache, in_batches,
+                     load_policy, output_head, pass_at_k, sample, save_policy, score, stop_ids)
 
 PROMPTS = [[5, 3, 14, 4, 9, 13, 7], [4], [6, 13, 8, 14]]  # ragged
 NAMES = [f.name for f in fields(Rollouts)]
@@ -320,6 +320,21 @@ def test_autocast_samples_and_scores_alike(make_bigram):
         rollouts = draw(model, group=32)
         torch.testing.assert_close(score(model, rollouts), rollouts.log_probs, atol=1e-4, rtol=0)
     assert (score(model, rollouts) - rollouts.log_probs).abs().max() > 1e-3
+
+
+def test_autocast_keeps_its_keys_in_bf16(make_model, monkeypatch):
+    """Mistake: keys left in fp32 by their norm: half as much memory again, cast anew for every token, to the same effect."""
+    model, held, update = make_model("qwen3"), set(), ReservedLayer.update
+    monkeypatch.setattr(ReservedLayer, "update",
+                        lambda self, *a, **k: held.update({self.keys.dtype, self.values.dtype}) or update(self, *a, **k))
+    with torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False):
+        ours = draw(model, group=8)
+        assert held == {torch.bfloat16}
+        monkeypatch.setattr("rollout.computing_dtype", lambda states: states.dtype)
+        assert_same(draw(model, group=8), ours)
+    held.clear()
+    draw(model)
+    assert held == {torch.float32}
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
