@@ -461,8 +461,9 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
         attention, position = attention[parents], position[parents]
         moved = (parents != torch.arange(len(parents), device=device)).nonzero()[:, 0]
         if reserved:
+            source = parents[moved]
             for layer in cache.layers if len(moved) else ():
-                layer.copy_rows(parents[moved], moved)
+                layer.copy_rows(source, moved)
         elif len(moved) or len(parents) < len(logits):
             cache.reorder_cache(parents)
         logits = model(input_ids=token[:, None], attention_mask=attention[:, :width + t + 1].long(), use_cache=True,
