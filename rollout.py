@@ -170,7 +170,7 @@ def first_of_each(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Row indices in shuffled batches of about `size`: whole groups, since what its completions share is computed once."""
+    """Row indices in shuffled batches of about `size`: whole groups, since what they have in common is run once."""
     _, group = torch.unique(rollouts.groups, return_inverse=True)
     place = torch.randperm(int(group.max()) + 1, generator=generator)[group]
     members = place.bincount()
