@@ -3,14 +3,22 @@
     python erpd.py                                    # the embedded policy: minutes on a laptop
     python erpd.py --model Qwen/Qwen3-0.6B --data gsm8k ...
 
-One round, with π_0 the policy it starts from:
+One round, with π_0 the policy it starts from; `one_round` below says the same in code:
 
 1. *Rollouts.* Sample a batch of completions from π_0, once, and judge them.
 2. *Explore.* Squeeze a copy of π_0 on that fixed batch, for many epochs and under weak constraints, until it drifts: the
    extreme region policy π_T. With the targets reversed the same loss gives the unlearned policy π_U, trained to be worse.
-3. *Signal.* Both become supervision: a log-ratio s_t at every stored token. Then they are thrown away.
-4. *Distil.* Starting again from π_0, learn from s_t on the same batch inside a trust region, with a KL budget.
+3. *Signal.* Both become supervision: a log-ratio δ_t at every stored token. Then they are thrown away.
+4. *Distil.* Starting again from π_0, learn from δ_t on the same batch inside a trust region, with a KL budget.
 5. *Next round.* π_0 ← the student, with new problems.
+
+For a reader who knows PPO or GRPO, what is different:
+
+- Rollouts are sampled once a round, and trained on for many epochs. π_old never moves: it is the reference, too.
+- The explorer has no clip that closes and no KL term. It is meant to leave the region where its gradient can be trusted.
+- Nobody deploys the explorer. Only its opinion of the stored tokens is kept, so that it may even be worse than π_0.
+- The distiller's advantage is that opinion, token by token. There is no critic, and the outcome advantage Â is not in it.
+- Its KL is exact over the vocabulary, and its coefficient is no setting: you name the KL to spend, and λ follows.
 
 The paper's equations could not be read in full when this was written: README.md says which parts are a reconstruction.
 """
@@ -22,7 +30,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,9 +43,10 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import kl
+from figures.frontier import draw_frontier, ends, table
 from rewards import InputError, Problem, group_advantages, load_problems
-from rollout import (Rollouts, by_tokens, collect, completion_figures, divergence, draw_frontier, evaluate, in_batches,
-                     load_policy, save_policy, score, table)
+from rollout import (Rollouts, by_tokens, collect, completion_stats, divergence, evaluate, in_batches, load_policy,
+                     save_policy, score)
 
 LOSSES = ("sapo", "ce", "mse", "nll", "clip")
 SIGNALS = ("teacher", "contrast", "unlearned")
@@ -93,12 +102,12 @@ class Config:
     unlearn_loss: str = option("mse", "the unlearned policy's loss, with the targets reversed", "mse")
     unlearn_epochs: int = option(4, "passes of the unlearned policy over the stored batch")
 
-    signal: str = option("contrast", "s_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
+    signal: str = option("contrast", "δ_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
     distill_epochs: int = option(4, "passes of the distiller over the stored batch", 1)
     distill_lr: float = option(4e-4, "its learning rate, falling to 0", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
-    distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
-    signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of s_t")
+    distill_clip: float = option(1.0, "its ε, low and high; at 1 a ratio is pushed up to 2, and down as KL allows")
+    signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of δ_t")
     kl_budget: float = option(1.0, "KL(π_θ‖π_0) that the student may spend in a round, nats a completion")
     kl_start: float = option(1.0, "KL coefficient λ that the distiller starts with; the budget moves it")
     kl_rate: float = option(0.05, "rate of the dual ascent on log λ, per update")
@@ -116,10 +125,12 @@ class Config:
             value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
             if f.name in choices and value not in choices[f.name]:
                 raise InputError(f"{name} {value!r} is unknown: choose one of {', '.join(choices[f.name])}")
-            if isinstance(value, (int, float)) and not (value > 0 or value == 0 and f.name in may_be_zero):
-                raise InputError(f"{name} {value!r} is out of range: it must be above 0")
+            if isinstance(value, (int, float)) and not (0 < value < math.inf or value == 0 and f.name in may_be_zero):
+                raise InputError(f"{name} {value!r} is out of range: it must be a finite number above 0")
         if any(loss not in LOSSES or math.isnan(weight) for loss, weight in self.teachers):
             raise InputError(f"--loss {self.loss!r} is unknown: choose from {', '.join(LOSSES)}; several as sapo:1,nll:0.5")
+        if len(self.teachers) == 1 and ":" in self.loss:
+            raise InputError(f"--loss {self.loss!r}: weights are relative to one another, so a single teacher has none")
         if self.group < 2:
             raise InputError(f"--group {self.group}: an advantage compares the completions of one problem, so give at least 2")
         if "{question}" not in self.template:
@@ -139,134 +150,124 @@ class Config:
                 "rows": self.sample_rows}
 
 
-# ---------------------------------------------------------------------------------------------------- one optimisation
+# --------------------------------------------------------------------------------------------------------- one update
 
 class Diverged(RuntimeError):
     """A loss or gradient that is not finite. `model` holds the weights before that update, the last finite ones."""
 
-    def __init__(self, stage: str, step: int, model):
-        super().__init__(f"{stage} stopped at update {step}: the loss is no longer finite")
-        self.stage, self.step, self.model = stage, step, model
-
-
-def optimise(model, optimizer, rollouts: Rollouts, targets: dict[str, Tensor], objective: Callable, *, epochs: int,
-             batch: int, config: Config, seed: int, desc: str, reference=None, after_update: Callable | None = None,
-             after_epoch: Callable | None = None, decay: bool = False) -> None:
-    """Minimise `objective` on the stored batch, `epochs` passes in updates of about `batch` completions; changes `model`.
-
-    `targets` are further tensors, [B] or [B, T], that are cut into micro-batches with the rollouts.
-    `objective(policy, part, targets, tokens, completions)` gives the loss of one micro-batch and a dict of figures to show,
-    from the `policy`'s log-probs, entropy and, with a `reference`, exact KL to it, [b, T] each. `tokens` and `completions`
-    count the whole update: dividing by them makes the gradient independent of how it is cut into micro-batches.
-    `after_update()` and `after_epoch(epoch, model)` may return more figures. With `decay` the learning rate falls linearly
-    to 0. Raises Diverged.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    passes = [in_batches(rollouts, batch, generator) for _ in range(epochs)]
-    updates = sum(map(len, passes))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates if decay else 1.0)
-    shown, step = {}, 0
-    with tqdm(total=updates, desc=desc, unit="update", leave=False) as bar:
-        for epoch, indices in enumerate(passes, 1):
-            for index in indices:
-                tokens, completions = int(rollouts.length[index].sum()), len(index)
-                loss_value, figures = 0.0, {}
-                for chosen in by_tokens(rollouts.select(index), config.tokens_per_step):
-                    rows = index[chosen]
-                    part = rollouts.select(rows).to(device)
-                    cut = {name: (x[rows, :part.log_probs.shape[1]] if x.dim() == 2 else x[rows]).to(device)
-                           for name, x in targets.items()}
-                    policy = completion_figures(model, part, config.temperature, with_entropy=True, reference=reference)
-                    loss, parts = objective(policy, part, cut, tokens, completions)
-                    loss.backward()
-                    loss_value = loss_value + loss.detach()
-                    figures = {name: figures.get(name, 0.0) + value.detach() for name, value in parts.items()}
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                step += 1
-                if not torch.isfinite(loss_value + norm):
-                    raise Diverged(desc, step, model)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad(set_to_none=True)
-                shown |= figures | (after_update() if after_update else {})
-                bar.update()
-                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
-            if after_epoch is not None:
-                shown |= after_epoch(epoch, model) or {}
+    def __init__(self, stage: str, model):
+        super().__init__(f"{stage} stopped: the loss is no longer finite")
+        self.model = model
 
 
 def trainable(base, lr: float, checkpointing: bool = False):
     """(model, optimizer): a copy of a frozen policy to train; it stays in eval mode, so that dropout is off."""
     model = copy.deepcopy(base).requires_grad_(True)
-    for layer in model.modules() if checkpointing else ():  # transformers' own would need train mode
-        if isinstance(layer, GradientCheckpointingLayer) and "forward" not in vars(layer):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if checkpointing:  # transformers' own would need train mode
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and "forward" not in vars(layer):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+
+
+def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective: Callable, config: Config, bar: tqdm,
+             reference=None) -> None:
+    """One update on some of the stored completions, in micro-batches; changes `model`. Raises Diverged.
+
+    advantage is [B, T], or [B, 1] for one that all tokens of a completion share.
+    `objective(policy, part, advantage, tokens, completions)` gives the loss of a micro-batch and numbers to show, from the
+    `policy`'s log-probs, entropy and, with a `reference`, exact KL to it, [b, T] each.
+    """
+    # Every micro-batch divides by the counts of the whole update, so that their gradients add up to the update's.
+    tokens, completions = int(rollouts.length.sum()), len(rollouts)
+    total, shown = 0.0, {}
+    for rows in by_tokens(rollouts, config.tokens_per_step):
+        # One forward pass of the policy, and one of the reference, over completions of like lengths.
+        part = rollouts.select(rows)
+        policy = completion_stats(model, part, config.temperature, with_entropy=True, reference=reference)
+        # The loss of these rows, with everything else about them where the policy is.
+        part, its_advantage = part.to(model.device), advantage[rows, :part.log_probs.shape[1]].to(model.device)
+        loss, numbers = objective(policy, part, its_advantage, tokens, completions)
+        # Gradients add up over the micro-batches; what is shown does as well, without waiting for the device.
+        loss.backward()
+        total = total + loss.detach()
+        shown = {name: shown.get(name, 0.0) + number for name, number in numbers.items()}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    # Before the weights change, so that the last finite ones can be saved.
+    if not torch.isfinite(total + norm):
+        raise Diverged(bar.desc, model)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    bar.update()
+    bar.set_postfix({name: f"{number:.3g}" for name, number in shown.items()}, refresh=False)
+
+
+def unwatched(name: str, model, **about) -> None:
+    """Whoever watches a stage is called with a policy's name, the policy, and epoch=…, step=… where it is on its way."""
 
 
 # ------------------------------------------------------------------------------------------------- stage 1: the explorer
 
-def explorer_loss(name: str, log_prob: Tensor, part: Rollouts, advantage: Tensor, tokens: Tensor | int,
-                  completions: int, config: Config, reverse: bool = False) -> Tensor:
+def explorer_loss(name: str, log_prob: Tensor, part: Rollouts, advantage: Tensor, tokens: int, completions: int,
+                  config: Config) -> Tensor:
     """One of the explorer's losses on a micro-batch, to be minimised [].
 
-    log_prob is log π_θ(y_t|s_t) [B, T], advantage Â [B]; ρ_t = π_θ/π_0 and R = β Σ_t log ρ_t.
+    log_prob is log π_θ(y_t|s_t) [B, T], advantage Â [B, 1]; ρ_t = π_θ/π_0 and R = β Σ_t log ρ_t.
 
         sapo   −mean_t f(ρ_t)·Â                              kl.soft_gate_surrogate
         clip   −mean_t min(ρ_t·Â, clip(ρ_t)·Â)               kl.clipped_surrogate
         ce     −[r·log σ(R) + (1 − r)·log σ(−R)]             the implicit reward as a classifier (2412.01981)
         mse    (R − Â)²                                      regression on the log-ratio (REBEL, 2404.16767)
         nll    −mean_t r·log π_θ                             cross-entropy on the right completions
-
-    `reverse` turns the targets round (Â → −Â, r → 1 − r): the unlearned policy.
     """
-    mask = part.mask
-    right = 1 - part.rewards if reverse else part.rewards
-    advantage = -advantage if reverse else advantage
     log_ratio = log_prob - part.log_probs
     if name == "sapo":
-        return -kl.masked_mean(kl.soft_gate_surrogate(log_ratio.exp(), advantage[:, None]), mask, tokens)
+        return -kl.masked_mean(kl.soft_gate_surrogate(log_ratio.exp(), advantage), part.mask, tokens)
     if name == "clip":
-        surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage[:, None], config.clip_low, config.clip_high)
-        return -kl.masked_mean(surrogate, mask, tokens)
+        surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.clip_low, config.clip_high)
+        return -kl.masked_mean(surrogate, part.mask, tokens)
     if name == "nll":
-        return -kl.masked_mean(log_prob, mask * right[:, None], tokens)
-    implicit_reward = config.beta * (log_ratio * mask).sum(-1)
+        return -kl.masked_mean(log_prob, part.mask * part.rewards[:, None], tokens)
+    implicit_reward = config.beta * (log_ratio * part.mask).sum(-1)
     if name == "ce":
-        return F.binary_cross_entropy_with_logits(implicit_reward, right, reduction="sum") / completions
+        return F.binary_cross_entropy_with_logits(implicit_reward, part.rewards, reduction="sum") / completions
     if name == "mse":
-        return (implicit_reward - advantage).square().sum() / completions
+        return (implicit_reward - advantage[:, 0]).square().sum() / completions
     raise ValueError(f"unknown loss {name!r}")
 
 
-def explore(base, rollouts: Rollouts, config: Config, *, loss: str, epochs: int, reverse: bool = False, seed: int = 0,
-            desc: str = "explore", after_epoch: Callable | None = None, resume: tuple | None = None):
+def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss: str, epochs: int, seed: int = 0,
+            desc: str = "explorer", watch: Callable = unwatched, resume: tuple | None = None):
     """Stage 1: many epochs of off-policy updates on the fixed batch, from π_0 = `base`; returns the policy it ends in.
 
-    Every ρ_t is taken against the stored behaviour log-probs, which are π_0's. `reverse` trains the unlearned policy.
-    `after_epoch(epoch, model)` watches it drift. `resume` is a (model, optimizer) to go on with instead.
+    advantage is Â [B]. Every ρ_t is taken against the stored behaviour log-probs, which are π_0's. `watch` sees the policy
+    after every epoch. `resume` is a (model, optimizer) to go on with instead.
     """
     model, optimizer = resume or trainable(base, config.explore_lr, config.checkpointing)
-    advantages = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
 
-    def objective(policy, part, targets, tokens, completions):
-        value = explorer_loss(loss, policy.log_prob, part, targets["advantage"], tokens, completions, config, reverse)
+    def objective(policy, part, advantage, tokens, completions):
+        value = explorer_loss(loss, policy.log_prob, part, advantage, tokens, completions, config)
         if config.kl_coef:
             value = value + config.kl_coef * kl.masked_mean(policy.kl, part.mask, tokens)
         moved = kl.k3_off_policy(policy.log_prob.detach() - part.log_probs)
-        return value, {"loss": value, "kl": (moved * part.mask).sum() / completions,
+        return value, {"loss": value.detach(), "kl": (moved * part.mask).sum() / completions,
                        "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
-    optimise(model, optimizer, rollouts, {"advantage": advantages}, objective, epochs=epochs, batch=config.explore_batch,
-             config=config, seed=seed, desc=desc, reference=base if config.kl_coef else None, after_epoch=after_epoch)
+    generator = torch.Generator().manual_seed(seed)
+    passes = [in_batches(rollouts, config.explore_batch, generator) for _ in range(epochs)]
+    with tqdm(total=sum(map(len, passes)), desc=desc, unit="update", leave=False) as bar:
+        for epoch, batches in enumerate(passes, 1):
+            for rows in batches:
+                optimise(model, optimizer, rollouts.select(rows), advantage[rows, None], objective, config, bar,
+                         base if config.kl_coef else None)
+            watch(desc, model, epoch=epoch)
     return model
 
 
-# -------------------------------------------------------------------------------------------------------- the signal
+# ------------------------------------------------------------------------------------------------- stage 2: the signal
 
 def token_signal(kind: str, log_base: Tensor, log_teacher: Tensor | None = None, log_unlearned: Tensor | None = None) -> Tensor:
-    """s_t [B, T], nats: what the drifted policies say of every stored token. All arguments are log-probs [B, T] of it.
+    """δ_t [B, T], nats: what the drifted policies say of every stored token. All arguments are log-probs [B, T] of it.
 
         teacher    log π_T − log π_0
         contrast   log π_T − log π_U     drift that both have in common cancels
@@ -284,48 +285,54 @@ def token_signal(kind: str, log_base: Tensor, log_teacher: Tensor | None = None,
 
 
 def combine_signals(signals: Sequence[Tensor], weights: Sequence[float], mask: Tensor) -> Tensor:
-    """Σ_k w_k·s^k / rms(s^k) [B, T]: several teachers, each brought to one scale first."""
-    return sum(w * normalised(s, mask) for w, s in zip(weights, signals, strict=True))
+    """Σ_k w_k·δ^k / rms(δ^k) [B, T]: several teachers, each brought to one scale first."""
+    return sum(w * normalised(signal, mask) for w, signal in zip(weights, signals, strict=True))
 
 
 def normalised(signal: Tensor, mask: Tensor, bound: float = math.inf) -> Tensor:
-    """A_t: s_t over its root mean square on the batch, bounded [B, T]. Not centred: the sign of s_t is its meaning."""
+    """A_t: δ_t over its root mean square on the batch, bounded [B, T]. Not centred: the sign of δ_t is its meaning."""
     rms = kl.masked_mean(signal.square(), mask).sqrt()
     return (signal / rms.clamp(min=1e-8) * mask).clamp(-bound, bound)
 
 
 # ------------------------------------------------------------------------------------------------ stage 2: the distiller
 
-def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: int = 0, desc: str = "distil",
-            after_epoch: Callable | None = None):
-    """Stage 2: from π_0 again, learn from s_t [B, T] on the same batch, inside a trust region; returns the student.
+def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: int = 0, watch: Callable = unwatched):
+    """Stage 2: from π_0 again, learn from δ_t [B, T] on the same batch, inside a trust region; returns the student.
 
-        maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded s_t / rms(s)
+        maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ)
 
     KL_t is exact over the vocabulary. λ follows by dual ascent: it rises while the policy's estimated on-policy KL is above
     the budget and falls while it is below. The outcome Â is not mixed in: what the student gains is the teachers'.
     """
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
-    advantages = normalised(signal, rollouts.mask, config.signal_bound)
+    advantage = normalised(signal, rollouts.mask, config.signal_bound)
     multiplier, coefficient, seen = config.kl_start, config.kl_start, []
 
-    def objective(policy, part, targets, tokens, completions):
+    def objective(policy, part, advantage, tokens, completions):
         log_ratio = policy.log_prob - part.log_probs
-        surrogate = kl.clipped_surrogate(log_ratio.exp(), targets["advantage"], config.distill_clip, config.distill_clip)
+        # With ε = 1 the clip stops a wanted token at ρ = 2. An unwanted one it never stops, since ρ > 0 = 1 − ε: KL alone
+        # restrains there, and pushing such tokens down is what costs least.
+        surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
         value = coefficient * kl.masked_mean(policy.kl, part.mask, tokens) - kl.masked_mean(surrogate, part.mask, tokens)
         seen.extend(zip(policy.kl.detach(), log_ratio.detach(), part.mask))
         return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
-    def steer_coefficient():
-        nonlocal multiplier, coefficient
-        spent = kl.on_policy_kl(*(pad_sequence(rows, batch_first=True) for rows in zip(*seen))).item()
-        seen.clear()
-        multiplier, coefficient = kl.dual_ascent(multiplier, spent, config.kl_budget, config.kl_rate)
-        return {"kl": spent, "lambda": coefficient}
-
-    optimise(model, optimizer, rollouts, {"advantage": advantages}, objective, epochs=config.distill_epochs,
-             batch=config.distill_batch, config=config, seed=seed, desc=desc, reference=base, after_update=steer_coefficient,
-             after_epoch=after_epoch, decay=True)  # what the last updates of a constant rate add is noise, and it costs KL
+    generator = torch.Generator().manual_seed(seed)
+    passes = [in_batches(rollouts, config.distill_batch, generator) for _ in range(config.distill_epochs)]
+    updates = sum(map(len, passes))
+    # The rate falls to 0: what the last updates of a constant one add is noise, and noise costs KL.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates)
+    with tqdm(total=updates, desc="distil", unit="update", leave=False) as bar:
+        for epoch, batches in enumerate(passes, 1):
+            for rows in batches:
+                optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, bar, base)
+                schedule.step()
+                spent = kl.on_policy_kl(*(pad_sequence(column, batch_first=True) for column in zip(*seen))).item()
+                seen.clear()
+                multiplier, coefficient = kl.dual_ascent(multiplier, spent, config.kl_budget, config.kl_rate)
+                bar.set_postfix(kl=f"{spent:.3g}", λ=f"{coefficient:.3g}", refresh=False)
+            watch("student on its way", model, epoch=epoch)
     return model
 
 
@@ -344,53 +351,118 @@ def within_budget(base, student, tokenizer, problems: Sequence[Problem], config:
     return kl.interpolated(base, student, alpha), spent
 
 
-# --------------------------------------------------------------------------------------------------------------- GRPO
+# ------------------------------------------------------------------------------------------------------------- one round
 
-def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, after_step: Callable | None = None):
-    """On-policy GRPO (2402.03300), to compare with: `explore` with the clip loss, on fresh samples at every step.
+def stored_batch(base, tokenizer, problems: Sequence[Problem], config: Config, seed: int, folder: Path | None = None):
+    """(rollouts, Â [B]): the batch of a round, sampled once and judged. Raises InputError where nothing can be learnt."""
+    rollouts = collect(base, tokenizer, problems, config.group, seed=seed, desc="rollouts", **config.sampling)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        rollouts.save(folder / "rollouts.pt")
+    advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
+    if not advantage.any():
+        raise InputError(f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): "
+                         "nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
+    return rollouts, advantage
 
-    It sees every problem once, like a run of ERPD, so that both spend as many rollouts.
-    """
-    model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
-    per_step = max(1, config.explore_batch // config.group)
-    for step, start in enumerate(tqdm(range(0, len(problems), per_step), desc="grpo", unit="step", leave=False), 1):
-        rollouts = collect(model, tokenizer, problems[start:start + per_step], config.group,
-                           seed=config.seed * 100_003 + step, **config.sampling)
-        explore(base, rollouts, config, loss="clip", epochs=1, seed=step, resume=(model, optimizer),
-                desc=f"grpo, {rollouts.rewards.mean():.1%} right")
-        if after_step is not None:
-            after_step(step, model)
+
+def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
+              folder: Path | None = None):
+    """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `folder` takes the batch and the signal."""
+    rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, folder)
+
+    def drifted(name: str, rollouts: Rollouts, advantage: Tensor, loss: str, epochs: int) -> Tensor:
+        """log π(y_t|s_t) [B, T] of a policy explored until it drifts, which is dropped once it has scored the batch."""
+        model = explore(base, rollouts, advantage, config, loss=loss, epochs=epochs, seed=seed, desc=name, watch=watch)
+        watch(name, model)
+        return score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
+
+    log_unlearned, log_teachers = None, [None]
+    if config.signal != "teacher":  # the same batch with its targets reversed: Â → −Â, r → 1 − r
+        reversed_batch = replace(rollouts, rewards=1 - rollouts.rewards)
+        log_unlearned = drifted("unlearned policy", reversed_batch, -advantage, config.unlearn_loss, config.unlearn_epochs)
+    if config.signal != "unlearned":
+        log_teachers = [drifted(f"extreme region policy ({loss})", rollouts, advantage, loss, config.explore_epochs)
+                        for loss, _ in config.teachers]
+
+    signals = [token_signal(config.signal, rollouts.log_probs, teacher, log_unlearned) for teacher in log_teachers]
+    signal = signals[0]
+    if len(signals) > 1:
+        signal = combine_signals(signals, [weight for _, weight in config.teachers], rollouts.mask)
+    if folder:
+        torch.save(signal, folder / "signal.pt")
+
+    student = distill(base, rollouts, signal, config, seed=seed, watch=watch)
+    student, spent = within_budget(base, student, tokenizer, problems, config, seed)
+    watch("ERPD student", student, kl_round=spent)
+    return student
+
+
+# ------------------------------------------------------------------------------------------- what ERPD is compared with
+
+def direct(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
+           folder: Path | None = None):
+    """A round of an explorer's loss alone: the policy it ends in is the result."""
+    rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, folder)
+    model = explore(base, rollouts, advantage, config, loss=config.method, epochs=config.explore_epochs, seed=seed,
+                    desc=config.method, watch=watch)
+    watch(config.method, model)
     return model
 
 
-# -------------------------------------------------------------------------------------------------------------- a run
+def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
+         folder: Path | None = None):
+    """On-policy GRPO (2402.03300): `explore` with the clip loss, on fresh samples at every step.
 
-def teach(base, rollouts: Rollouts, config: Config, seed: int, watch: Callable, measure: Callable) -> Tensor:
-    """Stages 1 and signal of a round: A_t's raw material s_t [B, T]. Each drifted policy is gone once it has scored the batch.
-
-    `watch(name)` gives an after_epoch callback, `measure(name, model)` evaluates the policy a stage ends in.
+    It sees every problem once, like a run of ERPD, so that both spend as many rollouts. Nothing is kept in `folder`.
     """
-    def drifted(name: str, loss: str, epochs: int, reverse: bool) -> Tensor:
-        model = explore(base, rollouts, config, loss=loss, epochs=epochs, reverse=reverse, seed=seed, desc=name,
-                        after_epoch=watch(name))
-        measure(name, model)
-        return score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
+    model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
+    each = max(1, config.explore_batch // config.group)
+    for step, start in enumerate(tqdm(range(0, len(problems), each), desc="grpo", unit="step", leave=False), 1):
+        rollouts = collect(model, tokenizer, problems[start:start + each], config.group, seed=seed * 100_003 + step,
+                           **config.sampling)
+        advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
+        explore(base, rollouts, advantage, config, loss="clip", epochs=1, seed=step, resume=(model, optimizer),
+                desc=f"grpo, {rollouts.rewards.mean():.1%} right")
+        watch("grpo", model, step=step)
+    watch("grpo", model)
+    return model
 
-    log_unlearned = None
-    if config.signal != "teacher":
-        log_unlearned = drifted("unlearned policy", config.unlearn_loss, config.unlearn_epochs, True)
-    if config.signal == "unlearned":
-        return token_signal("unlearned", rollouts.log_probs, None, log_unlearned)
-    signals = [token_signal(config.signal, rollouts.log_probs,
-                            drifted(f"extreme region policy ({loss})", loss, config.explore_epochs, False), log_unlearned)
-               for loss, _ in config.teachers]
-    return combine_signals(signals, [weight for _, weight in config.teachers], rollouts.mask)
 
+# --------------------------------------------------------------------------------------------------------------- a run
 
 def autocast(config: Config, device: torch.device):
     """The context of all computing: bf16 over fp32 weights where `precision` says so."""
     bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
     return torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)  # weights change between passes
+
+
+@dataclass
+class Journal:
+    """The evaluations of a run on held-out problems; each is a line of metrics.jsonl before anything else happens."""
+
+    folder: Path
+    base: torch.nn.Module  # where the first round starts: KL is measured from here
+    tokenizer: object
+    held_out: list[Problem]
+    config: Config
+    rows: list[dict] = field(default_factory=list)
+
+    def measure(self, name: str, model, samples: int, **about) -> None:
+        numbers = evaluate(model, self.base, self.tokenizer, self.held_out, samples, seed=self.config.seed, desc=name,
+                           tokens_per_step=self.config.tokens_per_step, **self.config.sampling)
+        self.rows.append({"policy": name, **about, **numbers})
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        tqdm.write(table(self.rows[-1:], header=len(self.rows) == 1))
+
+    def watch(self, round: int, name: str, model, **about) -> None:
+        """Evaluate a policy at the end of its stage; on its way after 1, 2, 4, 8 … epochs or steps."""
+        count = about.get("epoch", about.get("step"))
+        if count is None:
+            self.measure(name, model, self.config.test_samples, round=round, **about)
+        elif self.config.curve_samples and count & (count - 1) == 0:
+            self.measure(name, model, self.config.curve_samples, round=round, **about)
 
 
 def run(config: Config) -> list[dict]:
@@ -403,61 +475,29 @@ def run(config: Config) -> list[dict]:
     problems = load_problems(config.data, "train", config.problems * config.rounds, **sources)
     held_out = load_problems(config.test_data or config.data, "test", config.test_problems, **sources)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    origin, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
-    origin.requires_grad_(False)
+    policy, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
+    policy.requires_grad_(False)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    rows, this_round, base = [], 1, origin
+    journal = Journal(folder, policy, tokenizer, held_out, config)
 
-    def measure(name: str, model, samples: int = config.test_samples, **more) -> dict:
-        """Evaluate a policy on the held-out problems; its row is on disk before anything else happens."""
-        row = {"policy": name, "round": this_round, **more,
-               **evaluate(model, origin, tokenizer, held_out, samples, seed=config.seed, desc=name, **config.sampling)}
-        rows.append(row)
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        tqdm.write(table([row], header=len(rows) == 1))
-        return {"right": row["accuracy"]}
-
-    def watch(name: str, unit: str = "epoch") -> Callable:
-        """A callback that evaluates the policy on its way, after 1, 2, 4, 8 … epochs."""
-        def after(count: int, model) -> dict:
-            due = config.curve_samples and count & (count - 1) == 0
-            return measure(name, model, config.curve_samples, **{unit: count}) if due else {}
-        return after
-
-    with autocast(config, origin.device):
-        try:
-            measure("base", base, max(config.test_samples, config.limit_samples))
-            if config.method == "grpo":
-                base = grpo(base, tokenizer, problems, config, after_step=watch("grpo", "step"))
-                measure("grpo", base)
-            for this_round in range(1, config.rounds + 1) if config.method != "grpo" else ():
-                fresh = problems[(this_round - 1) * config.problems:this_round * config.problems]
-                seed = config.seed * 1000 + this_round
-                rollouts = collect(base, tokenizer, fresh, config.group, seed=seed, desc="rollouts", **config.sampling)
-                rollouts.save(folder / f"rollouts-{this_round}.pt")
-                if not group_advantages(rollouts.rewards, rollouts.groups, "mean").any():
-                    raise InputError(f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): "
-                                     "nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
-                if config.method == "erpd":
-                    signal = teach(base, rollouts, config, seed, watch, measure)
-                    torch.save(signal, folder / f"signal-{this_round}.pt")
-                    student = distill(base, rollouts, signal, config, seed=seed, after_epoch=watch("student on its way"))
-                    base, spent = within_budget(base, student, tokenizer, fresh, config, seed)
-                    measure("ERPD student", base, kl_round=spent)
-                else:
-                    base = explore(base, rollouts, config, loss=config.method, epochs=config.explore_epochs, seed=seed,
-                                   desc=config.method, after_epoch=watch(config.method))
-                    measure(config.method, base)
-        except Diverged as error:
-            save_policy(error.model, tokenizer, folder / "last_finite")
-            raise InputError(f"{error}; its last finite weights are in {folder / 'last_finite'}: lower the learning rate") from None
-        finally:
-            if rows:
-                draw_frontier(rows, folder / "frontier.png", config.kl_budget if config.method == "erpd" else None)
-    save_policy(base, tokenizer, folder / "policy")
-    return rows
+    one = {"erpd": one_round, "grpo": grpo}.get(config.method, direct)
+    size = len(problems) if config.method == "grpo" else config.problems
+    try:
+        with autocast(config, policy.device):
+            journal.measure("base", policy, max(config.test_samples, config.limit_samples), round=1)
+            for k, start in enumerate(range(0, len(problems), size), 1):
+                policy = one(policy, tokenizer, problems[start:start + size], config, seed=config.seed * 1000 + k,
+                             watch=partial(journal.watch, k), folder=folder / f"round-{k}")
+    except Diverged as error:
+        save_policy(error.model, tokenizer, folder / "last_finite")
+        raise InputError(f"{error}; its last finite weights are in {folder / 'last_finite'}: lower the learning rate") from None
+    finally:
+        if journal.rows:
+            draw_frontier({config.method: journal.rows}, folder / "frontier.png",
+                          config.kl_budget if config.method == "erpd" else None)
+    save_policy(policy, tokenizer, folder / "policy")
+    return journal.rows
 
 
 # --------------------------------------------------------------------------------------------------- the command line
@@ -487,7 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_arguments(arguments)
         print(f"{config.method} on {config.data} with {config.model}: the results go to runs/{config.run}/\n")
         rows = run(config)
-        print(f"\n{table([row for row in rows if not {'epoch', 'step'} & row.keys()])}")
+        print(f"\n{table(ends(rows))}")
         print(f"\nruns/{config.run}/: policy/ (the final policy), metrics.jsonl (these rows), frontier.png")
     except InputError as error:
         print(f"erpd.py: {error}", file=sys.stderr)
