@@ -3,33 +3,29 @@
     python erpd.py                                    # the embedded policy: minutes on a laptop
     python erpd.py --model Qwen/Qwen3-0.6B --data gsm8k ...
 
-One round, with π_0 the policy it starts from; `one_round` below says the same in code:
+One round, with π_0 the policy it starts from (`one_round` below says the same in code):
 
 1. *Rollouts.* Sample a batch of completions from π_0, once, and judge them.
-2. *Explore.* Squeeze a copy of π_0 on that fixed batch, for many epochs and under weak constraints, until it drifts: the
-   extreme region policy π_T. With the targets reversed the same loss gives the unlearned policy π_U, trained to be worse.
+2. *Explore.* Squeeze a copy of π_0 on that fixed batch, for many epochs and under weak constraints, until it drifts:
+   the extreme region policy π_T. The same loss with reversed targets gives the unlearned policy π_U, which is worse.
 3. *Signal.* Both become supervision: a log-ratio δ_t at every stored token. Then they are thrown away.
 4. *Distil.* Starting again from π_0, learn from δ_t on the same batch inside a trust region, with a KL budget.
 5. *Next round.* π_0 ← the student, with new problems.
 
-For a reader who knows PPO or GRPO, what is different:
+Beside PPO or GRPO: one batch serves many epochs, and π_old, which sampled it, never moves. The explorer has no KL term
+and no clip that closes. Only its opinion of the stored tokens is used, never itself, so that it may be worse than π_0.
+That opinion is the distiller's advantage, token by token: no critic, and no outcome. And the distiller's KL is exact,
+with a coefficient that follows from the KL you are willing to spend.
 
-- Rollouts are sampled once a round, and trained on for many epochs. π_old never moves: it is the reference, too.
-- The explorer has no clip that closes and no KL term. It is meant to leave the region where its gradient can be trusted.
-- Nobody deploys the explorer. Only its opinion of the stored tokens is kept, so that it may even be worse than π_0.
-- The distiller's advantage is that opinion, token by token. There is no critic, and the outcome advantage Â is not in it.
-- Its KL is exact over the vocabulary, and its coefficient is no setting: you name the KL to spend, and λ follows.
-
-The paper's equations could not be read in full when this was written: README.md says which parts are a reconstruction.
+The paper's equations could not be read in full when this was written: README.md says what is a reconstruction.
 """
 
 import argparse
-import copy
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -38,45 +34,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import kl
 from figures.frontier import draw_frontier, ends, table
 from rewards import InputError, Problem, group_advantages, load_problems
-from rollout import (Rollouts, by_tokens, collect, completion_stats, divergence, evaluate, in_batches, load_policy,
-                     save_policy, score)
+from rollout import (Rollouts, autocast, by_tokens, collect, completion_stats, divergence, evaluate, in_batches,
+                     load_policy, save_policy, score, trainable)
 
 LOSSES = ("sapo", "ce", "mse", "nll", "clip")
 SIGNALS = ("teacher", "contrast", "unlearned")
-METHODS = ("erpd", "grpo", *LOSSES)
+CHOICES = {"method": ("erpd", "grpo", *LOSSES), "signal": SIGNALS, "unlearn_loss": LOSSES,
+           "advantage": ("std", "mean", "loo"), "precision": ("auto", "fp32", "bf16")}
 SECTIONS = {"model": "policy, problems, run", "problems": "rollouts and evaluations", "loss": "stage 1: the explorer",
             "signal": "stage 2: the signal and the distiller", "tokens_per_step": "memory"}  # each by its first field
 
 
-# ------------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------------------------------- configuration
 
-def option(default, help: str, paper=None):
-    """A field of Config: its default, what it means with its unit, and the paper's value where that is known."""
-    return field(default=default, metadata={"help": help, "paper": paper})
+def option(default, help: str, paper=None, zero: bool = False):
+    """A field of Config: default, meaning with its unit, the paper's value where known, and whether it may be 0."""
+    return field(default=default, metadata={"help": help, "paper": paper, "zero": zero})
 
 
 @dataclass
 class Config:
     """Every setting of a run; each field is an option on the command line."""
 
-    model: str = option("tutorial/tiny_base", "checkpoint folder or hub name of the base policy", "Qwen/Qwen3-4B-Thinking-2507")
-    data: str = option("chain", "chain (built in), gsm8k, math500, aime24, aime25, polaris, a hub id, a .jsonl or .parquet file",
-                       "polaris")
-    test_data: str = option("", "held-out problems, if other than the test split of --data (a part of it, where it has one split)")
+    model: str = option("tutorial/tiny_base", "folder or hub name of the base policy", "Qwen/Qwen3-4B-Thinking-2507")
+    data: str = option("chain", "chain (built in), gsm8k, math500, aime24, aime25, polaris, hub id, file", "polaris")
+    test_data: str = option("", "held-out problems (default: the test split of --data; a part, where it has one split)")
     question_field: str = option("", "field of the data set that holds the question (default: found by name)")
     answer_field: str = option("", "field of the data set that holds the answer (default: found by name)")
     operands: int = option(4, "numbers in a built-in chain problem")
     template: str = option("{question}", "the prompt; {question} stands for the problem")
-    method: str = option("erpd", "erpd; or, to compare: grpo (on-policy), or an explorer's loss alone: " + ", ".join(LOSSES))
+    method: str = option("erpd", "erpd; or, to compare, grpo (on-policy) or an explorer's loss by itself")
     run: str = option("", "name of the folder under runs/ that takes the results (default: METHOD-DATA-sSEED)")
-    seed: int = option(0, "seeds the problems, the sampling and the training")
+    seed: int = option(0, "seeds the problems, the sampling and the training", zero=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
 
     problems: int = option(256, "problems a round, P", 1000)
@@ -86,53 +80,49 @@ class Config:
     rounds: int = option(1, "rounds; each starts from the last one's student, with new problems", 6)
     test_problems: int = option(256, "held-out problems of the evaluations")
     test_samples: int = option(8, "completions a held-out problem in the final table: accuracy is avg@k")
-    curve_samples: int = option(4, "the same for the checkpoints on the way; 0 leaves them out")
-    limit_samples: int = option(64, "the same for the base: from 64 on, the figure shows the least KL that any policy needs")
+    curve_samples: int = option(4, "the same for the checkpoints on the way; 0 leaves them out", zero=True)
+    limit_samples: int = option(64, "the same for the base; from 64 on the figure shows the least KL needed", zero=True)
 
-    loss: str = option("sapo", "the explorer's loss: sapo, ce, mse, nll or clip; several teachers, with weights: sapo:1,nll:0.5",
-                       "mse")
+    loss: str = option("sapo", f"the explorer's: one of {', '.join(LOSSES)}; several teachers as sapo:1,nll:0.5", "mse")
     explore_epochs: int = option(16, "passes of the explorer over the stored batch")
     explore_lr: float = option(3e-5, "its learning rate", 1e-6)
     explore_batch: int = option(256, "completions an update, in whole groups", 256)
     advantage: str = option("std", "group advantage Â: std, mean (not divided), loo (leave one out)")
     beta: float = option(1.0, "scale β of the sequence log-ratio in ce and mse")
-    clip_low: float = option(0.2, "ε_low of the loss clip and of grpo")
-    clip_high: float = option(0.28, "ε_high of the same")
-    kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) term added to the explorer's loss")
-    unlearn_loss: str = option("mse", "the unlearned policy's loss, with the targets reversed", "mse")
+    clip_low: float = option(0.2, "ε_low of the loss clip and of grpo", zero=True)
+    clip_high: float = option(0.28, "ε_high of the same", zero=True)
+    kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) term added to the explorer's loss", zero=True)
+    unlearn_loss: str = option("mse", "the unlearned policy's loss, with reversed targets", "mse")
     unlearn_epochs: int = option(4, "passes of the unlearned policy over the stored batch")
 
     signal: str = option("contrast", "δ_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
     distill_epochs: int = option(4, "passes of the distiller over the stored batch", 1)
     distill_lr: float = option(4e-4, "its learning rate, falling to 0", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
-    distill_clip: float = option(1.0, "its ε, low and high; at 1 a ratio is pushed up to 2, and down as KL allows")
+    distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of δ_t")
     kl_budget: float = option(1.0, "KL(π_θ‖π_0) that the student may spend in a round, nats a completion")
     kl_start: float = option(1.0, "KL coefficient λ that the distiller starts with; the budget moves it")
-    kl_rate: float = option(0.05, "rate of the dual ascent on log λ, per update")
+    kl_rate: float = option(0.05, "rate of the dual ascent on log λ, per update", zero=True)
 
     tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
     sample_rows: int = option(1024, "completions sampled side by side")
-    checkpointing: int = option(0, "1: layers run again in the backward pass: less memory, more time")
+    checkpointing: int = option(0, "1: layers run again in the backward pass: less memory, more time", zero=True)
     precision: str = option("auto", "fp32; bf16 (autocast over fp32 weights); auto: bf16 on CUDA")
 
     def __post_init__(self):
-        choices = {"method": METHODS, "signal": SIGNALS, "unlearn_loss": LOSSES, "advantage": ("std", "mean", "loo"),
-                   "precision": ("auto", "fp32", "bf16")}
-        may_be_zero = ("seed", "clip_low", "clip_high", "kl_coef", "kl_rate", "curve_samples", "limit_samples", "checkpointing")
         for f in fields(self):
             value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
-            if f.name in choices and value not in choices[f.name]:
-                raise InputError(f"{name} {value!r} is unknown: choose one of {', '.join(choices[f.name])}")
-            if isinstance(value, (int, float)) and not (0 < value < math.inf or value == 0 and f.name in may_be_zero):
+            if value not in CHOICES.get(f.name, (value,)):
+                raise InputError(f"{name} {value!r} is unknown: choose one of {', '.join(CHOICES[f.name])}")
+            if isinstance(value, (int, float)) and not (0 < value < math.inf or value == 0 and f.metadata["zero"]):
                 raise InputError(f"{name} {value!r} is out of range: it must be a finite number above 0")
         if any(loss not in LOSSES or math.isnan(weight) for loss, weight in self.teachers):
-            raise InputError(f"--loss {self.loss!r} is unknown: choose from {', '.join(LOSSES)}; several as sapo:1,nll:0.5")
+            raise InputError(f"--loss {self.loss!r} is unknown: name some of {', '.join(LOSSES)}, as in sapo:1,nll:0.5")
         if len(self.teachers) == 1 and ":" in self.loss:
-            raise InputError(f"--loss {self.loss!r}: weights are relative to one another, so a single teacher has none")
+            raise InputError(f"--loss {self.loss!r}: weights are relative to one another, and one teacher needs none")
         if self.group < 2:
-            raise InputError(f"--group {self.group}: an advantage compares the completions of one problem, so give at least 2")
+            raise InputError(f"--group {self.group}: an advantage compares completions of one problem: give at least 2")
         if "{question}" not in self.template:
             raise InputError(f"--template {self.template!r} must contain {{question}}")
         self.run = self.run or f"{self.method}-{Path(self.data).stem}-s{self.seed}"
@@ -150,63 +140,59 @@ class Config:
                 "rows": self.sample_rows}
 
 
-# --------------------------------------------------------------------------------------------------------- one update
-
-class Diverged(RuntimeError):
-    """A loss or gradient that is not finite. `model` holds the weights before that update, the last finite ones."""
-
-    def __init__(self, stage: str, model):
-        super().__init__(f"{stage} stopped: the loss is no longer finite")
-        self.model = model
-
-
-def trainable(base, lr: float, checkpointing: bool = False):
-    """(model, optimizer): a copy of a frozen policy to train; it stays in eval mode, so that dropout is off."""
-    model = copy.deepcopy(base).requires_grad_(True)
-    if checkpointing:  # transformers' own would need train mode
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer) and "forward" not in vars(layer):
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-
+# ----------------------------------------------------------------------------------------------------------- one update
 
 def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective: Callable, config: Config, bar: tqdm,
              reference=None) -> None:
-    """One update on some of the stored completions, in micro-batches; changes `model`. Raises Diverged.
+    """One update on some of the stored completions, in micro-batches; changes `model`.
 
-    advantage is [B, T], or [B, 1] for one that all tokens of a completion share.
-    `objective(policy, part, advantage, tokens, completions)` gives the loss of a micro-batch and numbers to show, from the
-    `policy`'s log-probs, entropy and, with a `reference`, exact KL to it, [b, T] each.
+    Raises FloatingPointError(stage, model), with the last finite weights, where loss or gradient are not finite.
+
+    advantage is [B, T], or [B, 1] for one that all tokens of a completion share. `objective(policy, part, advantage,
+    tokens, completions)` gives the loss of a micro-batch and numbers to show, from the `policy`'s log-probs, entropy
+    and, with a `reference`, exact KL to it, [b, T] each.
     """
-    # Every micro-batch divides by the counts of the whole update, so that their gradients add up to the update's.
+    # Every micro-batch divides by the counts of the whole update: then their gradients add up to the update's.
     tokens, completions = int(rollouts.length.sum()), len(rollouts)
     total, shown = 0.0, {}
     for rows in by_tokens(rollouts, config.tokens_per_step):
-        # One forward pass of the policy, and one of the reference, over completions of like lengths.
+        # Completions of like lengths: one forward pass of the policy, and one of the reference without gradients.
         part = rollouts.select(rows)
         policy = completion_stats(model, part, config.temperature, with_entropy=True, reference=reference)
-        # The loss of these rows, with everything else about them where the policy is.
-        part, its_advantage = part.to(model.device), advantage[rows, :part.log_probs.shape[1]].to(model.device)
-        loss, numbers = objective(policy, part, its_advantage, tokens, completions)
-        # Gradients add up over the micro-batches; what is shown does as well, without waiting for the device.
+        # Their loss, with what else is known of them now beside the policy's numbers.
+        part, advantages = part.to(model.device), advantage[rows, :part.log_probs.shape[1]].to(model.device)
+        loss, numbers = objective(policy, part, advantages, tokens, completions)
+        # Gradients add up on the weights; what is shown adds up where it is, without waiting for the device.
         loss.backward()
         total = total + loss.detach()
         shown = {name: shown.get(name, 0.0) + number for name, number in numbers.items()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    # Before the weights change, so that the last finite ones can be saved.
-    if not torch.isfinite(total + norm):
-        raise Diverged(bar.desc, model)
+    if not torch.isfinite(total + norm):  # asked before the weights change
+        raise FloatingPointError(bar.desc, model)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    bar.update()
     bar.set_postfix({name: f"{number:.3g}" for name, number in shown.items()}, refresh=False)
 
 
+def updates(model, rollouts: Rollouts, size: int, epochs: int, seed: int, desc: str, watch: Callable) -> Iterator:
+    """(rows, share of all updates done before, progress bar) of every update; `watch` is called after each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = [in_batches(rollouts, size, generator) for _ in range(epochs)]
+    count, done = sum(map(len, passes)), 0
+    with tqdm(total=count, desc=desc, unit="update", leave=False) as bar:
+        for epoch, batches in enumerate(passes, 1):
+            for rows in batches:
+                yield rows, done / count, bar
+                done += 1
+                bar.update()
+            watch(desc, model, epoch=epoch)
+
+
 def unwatched(name: str, model, **about) -> None:
-    """Whoever watches a stage is called with a policy's name, the policy, and epoch=…, step=… where it is on its way."""
+    """Who watches is called with a policy's name, the policy, and epoch=… or step=… while it is on its way."""
 
 
-# ------------------------------------------------------------------------------------------------- stage 1: the explorer
+# ------------------------------------------------------------------------------------------------ stage 1: the explorer
 
 def explorer_loss(name: str, log_prob: Tensor, part: Rollouts, advantage: Tensor, tokens: int, completions: int,
                   config: Config) -> Tensor:
@@ -240,8 +226,8 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
             desc: str = "explorer", watch: Callable = unwatched, resume: tuple | None = None):
     """Stage 1: many epochs of off-policy updates on the fixed batch, from π_0 = `base`; returns the policy it ends in.
 
-    advantage is Â [B]. Every ρ_t is taken against the stored behaviour log-probs, which are π_0's. `watch` sees the policy
-    after every epoch. `resume` is a (model, optimizer) to go on with instead.
+    advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs, which are π_0's. `resume` is a (model,
+    optimizer) to go on with instead.
     """
     model, optimizer = resume or trainable(base, config.explore_lr, config.checkpointing)
 
@@ -253,29 +239,24 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
         return value, {"loss": value.detach(), "kl": (moved * part.mask).sum() / completions,
                        "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
-    generator = torch.Generator().manual_seed(seed)
-    passes = [in_batches(rollouts, config.explore_batch, generator) for _ in range(epochs)]
-    with tqdm(total=sum(map(len, passes)), desc=desc, unit="update", leave=False) as bar:
-        for epoch, batches in enumerate(passes, 1):
-            for rows in batches:
-                optimise(model, optimizer, rollouts.select(rows), advantage[rows, None], objective, config, bar,
-                         base if config.kl_coef else None)
-            watch(desc, model, epoch=epoch)
+    reference = base if config.kl_coef else None
+    for rows, _, bar in updates(model, rollouts, config.explore_batch, epochs, seed, desc, watch):
+        optimise(model, optimizer, rollouts.select(rows), advantage[rows, None], objective, config, bar, reference)
     return model
 
 
-# ------------------------------------------------------------------------------------------------- stage 2: the signal
+# -------------------------------------------------------------------------------------------------- stage 2: the signal
 
-def token_signal(kind: str, log_base: Tensor, log_teacher: Tensor | None = None, log_unlearned: Tensor | None = None) -> Tensor:
+def token_signal(kind: str, log_base: Tensor, log_teacher: Tensor | None, log_unlearned: Tensor | None) -> Tensor:
     """δ_t [B, T], nats: what the drifted policies say of every stored token. All arguments are log-probs [B, T] of it.
 
         teacher    log π_T − log π_0
         contrast   log π_T − log π_U     drift that both have in common cancels
         unlearned  log π_0 − log π_U     a policy that got worse teaches alone
 
-    By Bayes π_0(y_t|s_t, right)/π_0(y_t|s_t) = P(right|s_t, y_t)/P(right|s_t): a teacher that has learnt the right
-    completions gives increments of log P(right), one that has learnt the wrong ones increments of −log P(wrong), and their
-    contrast increments of the log-odds. Over a completion they add up to its outcome: credit assignment without a critic.
+    By Bayes π_0(y_t|s_t, right)/π_0(y_t|s_t) = P(right|s_t, y_t)/P(right|s_t): a teacher that learnt the right
+    completions gives increments of log P(right), one that learnt the wrong ones increments of −log P(wrong), their
+    contrast increments of the log-odds. They add up to the completion's outcome: credit assignment without a critic.
     """
     better = log_base if kind == "unlearned" else log_teacher
     worse = log_base if kind == "teacher" else log_unlearned
@@ -295,15 +276,15 @@ def normalised(signal: Tensor, mask: Tensor, bound: float = math.inf) -> Tensor:
     return (signal / rms.clamp(min=1e-8) * mask).clamp(-bound, bound)
 
 
-# ------------------------------------------------------------------------------------------------ stage 2: the distiller
+# ----------------------------------------------------------------------------------------------- stage 2: the distiller
 
 def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: int = 0, watch: Callable = unwatched):
     """Stage 2: from π_0 again, learn from δ_t [B, T] on the same batch, inside a trust region; returns the student.
 
         maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ)
 
-    KL_t is exact over the vocabulary. λ follows by dual ascent: it rises while the policy's estimated on-policy KL is above
-    the budget and falls while it is below. The outcome Â is not mixed in: what the student gains is the teachers'.
+    KL_t is exact over the vocabulary. λ follows by dual ascent: it rises while the policy's estimated on-policy KL is
+    above the budget, and falls below. The outcome Â is not mixed in: what the student gains is the teachers'.
     """
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
@@ -311,28 +292,21 @@ def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: i
 
     def objective(policy, part, advantage, tokens, completions):
         log_ratio = policy.log_prob - part.log_probs
-        # With ε = 1 the clip stops a wanted token at ρ = 2. An unwanted one it never stops, since ρ > 0 = 1 − ε: KL alone
-        # restrains there, and pushing such tokens down is what costs least.
+        # At ε = 1 a wanted token is pushed up to ρ = 2. For an unwanted one the clip never closes, since ρ > 0 = 1 − ε:
+        # there KL alone restrains.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
-        value = coefficient * kl.masked_mean(policy.kl, part.mask, tokens) - kl.masked_mean(surrogate, part.mask, tokens)
+        value = kl.masked_mean(coefficient * policy.kl - surrogate, part.mask, tokens)
         seen.extend(zip(policy.kl.detach(), log_ratio.detach(), part.mask))
-        return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
+        return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens), "lambda": coefficient}
 
-    generator = torch.Generator().manual_seed(seed)
-    passes = [in_batches(rollouts, config.distill_batch, generator) for _ in range(config.distill_epochs)]
-    updates = sum(map(len, passes))
-    # The rate falls to 0: what the last updates of a constant one add is noise, and noise costs KL.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates)
-    with tqdm(total=updates, desc="distil", unit="update", leave=False) as bar:
-        for epoch, batches in enumerate(passes, 1):
-            for rows in batches:
-                optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, bar, base)
-                schedule.step()
-                spent = kl.on_policy_kl(*(pad_sequence(column, batch_first=True) for column in zip(*seen))).item()
-                seen.clear()
-                multiplier, coefficient = kl.dual_ascent(multiplier, spent, config.kl_budget, config.kl_rate)
-                bar.set_postfix(kl=f"{spent:.3g}", λ=f"{coefficient:.3g}", refresh=False)
-            watch("student on its way", model, epoch=epoch)
+    for rows, done, bar in updates(model, rollouts, config.distill_batch, config.distill_epochs, seed, "distil", watch):
+        # The rate falls to 0: what the last updates of a constant one add is noise, and noise costs KL.
+        optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - done)
+        optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, bar, base)
+        spent = kl.on_policy_kl(*(pad_sequence(column, batch_first=True) for column in zip(*seen))).item()
+        multiplier, coefficient = kl.dual_ascent(multiplier, spent, config.kl_budget, config.kl_rate)
+        bar.set_postfix_str(f"{bar.postfix}, kl={spent:.3g}", refresh=False)
+        seen.clear()
     return model
 
 
@@ -351,10 +325,10 @@ def within_budget(base, student, tokenizer, problems: Sequence[Problem], config:
     return kl.interpolated(base, student, alpha), spent
 
 
-# ------------------------------------------------------------------------------------------------------------- one round
+# ------------------------------------------------------------------------------------------------------------ one round
 
 def stored_batch(base, tokenizer, problems: Sequence[Problem], config: Config, seed: int, folder: Path | None = None):
-    """(rollouts, Â [B]): the batch of a round, sampled once and judged. Raises InputError where nothing can be learnt."""
+    """(rollouts, Â [B]): a round's batch, sampled once and judged. Raises InputError where it can teach nothing."""
     rollouts = collect(base, tokenizer, problems, config.group, seed=seed, desc="rollouts", **config.sampling)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -366,9 +340,9 @@ def stored_batch(base, tokenizer, problems: Sequence[Problem], config: Config, s
     return rollouts, advantage
 
 
-def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
-              folder: Path | None = None):
-    """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `folder` takes the batch and the signal."""
+def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0,
+              watch: Callable = unwatched, folder: Path | None = None):
+    """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `folder` takes batch and signal."""
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, folder)
 
     def drifted(name: str, rollouts: Rollouts, advantage: Tensor, loss: str, epochs: int) -> Tensor:
@@ -378,9 +352,9 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
         return score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
 
     log_unlearned, log_teachers = None, [None]
-    if config.signal != "teacher":  # the same batch with its targets reversed: Â → −Â, r → 1 − r
-        reversed_batch = replace(rollouts, rewards=1 - rollouts.rewards)
-        log_unlearned = drifted("unlearned policy", reversed_batch, -advantage, config.unlearn_loss, config.unlearn_epochs)
+    if config.signal != "teacher":  # the targets reversed: Â → −Â, r → 1 − r
+        log_unlearned = drifted("unlearned policy", replace(rollouts, rewards=1 - rollouts.rewards), -advantage,
+                                config.unlearn_loss, config.unlearn_epochs)
     if config.signal != "unlearned":
         log_teachers = [drifted(f"extreme region policy ({loss})", rollouts, advantage, loss, config.explore_epochs)
                         for loss, _ in config.teachers]
@@ -400,21 +374,18 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
 
 # ------------------------------------------------------------------------------------------- what ERPD is compared with
 
-def direct(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
-           folder: Path | None = None):
-    """A round of an explorer's loss alone: the policy it ends in is the result."""
+def direct(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int, watch: Callable, folder: Path):
+    """A round of an explorer's loss by itself; returns the policy it ends in."""
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, folder)
-    model = explore(base, rollouts, advantage, config, loss=config.method, epochs=config.explore_epochs, seed=seed,
-                    desc=config.method, watch=watch)
-    watch(config.method, model)
-    return model
+    return explore(base, rollouts, advantage, config, loss=config.method, epochs=config.explore_epochs, seed=seed,
+                   desc=config.method, watch=watch)
 
 
 def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
          folder: Path | None = None):
-    """On-policy GRPO (2402.03300): `explore` with the clip loss, on fresh samples at every step.
+    """On-policy GRPO (2402.03300): `explore` with the clip loss, on fresh samples at every step; nothing is stored.
 
-    It sees every problem once, like a run of ERPD, so that both spend as many rollouts. Nothing is kept in `folder`.
+    It sees every problem once, like a run of ERPD, so that both spend as many rollouts.
     """
     model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
     each = max(1, config.explore_batch // config.group)
@@ -425,49 +396,14 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: 
         explore(base, rollouts, advantage, config, loss="clip", epochs=1, seed=step, resume=(model, optimizer),
                 desc=f"grpo, {rollouts.rewards.mean():.1%} right")
         watch("grpo", model, step=step)
-    watch("grpo", model)
     return model
 
 
-# --------------------------------------------------------------------------------------------------------------- a run
-
-def autocast(config: Config, device: torch.device):
-    """The context of all computing: bf16 over fp32 weights where `precision` says so."""
-    bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)  # weights change between passes
-
-
-@dataclass
-class Journal:
-    """The evaluations of a run on held-out problems; each is a line of metrics.jsonl before anything else happens."""
-
-    folder: Path
-    base: torch.nn.Module  # where the first round starts: KL is measured from here
-    tokenizer: object
-    held_out: list[Problem]
-    config: Config
-    rows: list[dict] = field(default_factory=list)
-
-    def measure(self, name: str, model, samples: int, **about) -> None:
-        numbers = evaluate(model, self.base, self.tokenizer, self.held_out, samples, seed=self.config.seed, desc=name,
-                           tokens_per_step=self.config.tokens_per_step, **self.config.sampling)
-        self.rows.append({"policy": name, **about, **numbers})
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
-        tqdm.write(table(self.rows[-1:], header=len(self.rows) == 1))
-
-    def watch(self, round: int, name: str, model, **about) -> None:
-        """Evaluate a policy at the end of its stage; on its way after 1, 2, 4, 8 … epochs or steps."""
-        count = about.get("epoch", about.get("step"))
-        if count is None:
-            self.measure(name, model, self.config.test_samples, round=round, **about)
-        elif self.config.curve_samples and count & (count - 1) == 0:
-            self.measure(name, model, self.config.curve_samples, round=round, **about)
-
+# ---------------------------------------------------------------------------------------------------------------- a run
 
 def run(config: Config) -> list[dict]:
     """Rounds of ERPD, or a direct method. Writes runs/NAME/ as it goes and returns the rows of its metrics.jsonl."""
-    folder = Path("runs") / config.run
+    folder, rows = Path("runs") / config.run, []
     if folder.exists():
         raise InputError(f"{folder} exists: give the run another name with --run, or remove that folder")
     sources = {"seed": config.seed, "operands": config.operands, "question_field": config.question_field or None,
@@ -475,32 +411,47 @@ def run(config: Config) -> list[dict]:
     problems = load_problems(config.data, "train", config.problems * config.rounds, **sources)
     held_out = load_problems(config.test_data or config.data, "test", config.test_problems, **sources)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    policy, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
-    policy.requires_grad_(False)
+    base, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
+    base.requires_grad_(False)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    journal = Journal(folder, policy, tokenizer, held_out, config)
+
+    def watch(round: int, name: str, model, samples: int = config.test_samples, **about) -> None:
+        """Evaluate a policy, on its way only after 1, 2, 4, 8 … epochs or steps. Its row is on disk at once."""
+        count = about.get("epoch", about.get("step", 0))
+        samples = samples if count == 0 else config.curve_samples if count & (count - 1) == 0 else 0
+        if samples:
+            numbers = evaluate(model, base, tokenizer, held_out, samples, seed=config.seed, desc=name,
+                               tokens_per_step=config.tokens_per_step, **config.sampling)
+            rows.append({"policy": name, "round": round, **about, **numbers})
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            tqdm.write(table(rows[-1:], header=len(rows) == 1))
 
     one = {"erpd": one_round, "grpo": grpo}.get(config.method, direct)
-    size = len(problems) if config.method == "grpo" else config.problems
+    policy, size = base, len(problems) if config.method == "grpo" else config.problems
     try:
-        with autocast(config, policy.device):
-            journal.measure("base", policy, max(config.test_samples, config.limit_samples), round=1)
+        with autocast(config.precision, base.device):
+            watch(1, "base", base, max(config.test_samples, config.limit_samples))
             for k, start in enumerate(range(0, len(problems), size), 1):
                 policy = one(policy, tokenizer, problems[start:start + size], config, seed=config.seed * 1000 + k,
-                             watch=partial(journal.watch, k), folder=folder / f"round-{k}")
-    except Diverged as error:
-        save_policy(error.model, tokenizer, folder / "last_finite")
-        raise InputError(f"{error}; its last finite weights are in {folder / 'last_finite'}: lower the learning rate") from None
+                             watch=partial(watch, k), folder=folder / f"round-{k}")
+                if config.method != "erpd":
+                    watch(k, config.method, policy)
+    except FloatingPointError as error:
+        stage, model = error.args
+        save_policy(model, tokenizer, folder / "last_finite")
+        raise InputError(f"{stage} stopped, its loss is no longer finite: lower its learning rate (the last finite "
+                         f"weights are in {folder / 'last_finite'})") from None
     finally:
-        if journal.rows:
-            draw_frontier({config.method: journal.rows}, folder / "frontier.png",
-                          config.kl_budget if config.method == "erpd" else None)
+        if rows:
+            budget = config.kl_budget if config.method == "erpd" else None
+            draw_frontier({config.method: rows}, folder / "frontier.png", budget)
     save_policy(policy, tokenizer, folder / "policy")
-    return journal.rows
+    return rows
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 def read_arguments(arguments: Sequence[str] | None = None) -> Config:
     """The command line as a Config. Raises InputError."""
@@ -511,15 +462,17 @@ def read_arguments(arguments: Sequence[str] | None = None) -> Config:
     parser = Parser(prog="erpd.py", usage="python erpd.py [--option value …]", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", action="store_true", help="start from the paper's own settings, for a large GPU")
+    papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None}
     for f in fields(Config):
         if f.name in SECTIONS:
             section = parser.add_argument_group(SECTIONS[f.name])
-        values = [str(f.default)] * (f.default != "") + [f"the paper: {f.metadata['paper']}"] * (f.metadata["paper"] is not None)
-        section.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar=type(f.default).__name__.upper(),
-                             help=f"{f.metadata['help']} [{'; '.join(values)}]".replace(" []", "").replace("%", "%%"))
+        values = [str(f.default)] * (f.default != "") + [f"the paper: {papers.get(f.name)}"] * (f.name in papers)
+        text = f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")
+        kind = type(f.default)
+        section.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(),
+                             help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None} if given.pop("paper") else {}
-    return Config(**papers | given)
+    return Config(**(papers if given.pop("paper") else {}) | given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

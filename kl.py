@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# ---------------------------------------------------------------------------------------------- log-probs and entropy
+# ------------------------------------------------------------------------------------------------ log-probs and entropy
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log π(·|s) over the vocabulary [..., V], in fp32 whatever the dtype of the logits."""
@@ -40,7 +40,7 @@ def entropy(log_probs: Tensor) -> Tensor:
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
-# -------------------------------------------------------------------------------------------------------------- KL
+# ------------------------------------------------------------------------------------------------------------------- KL
 
 def exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p‖q) over the whole vocabulary, nats [...], from log-probs [..., V] of both.
@@ -93,7 +93,25 @@ def on_policy_kl(kl: Tensor, log_ratio: Tensor, mask: Tensor, max_weight: float 
     return (weight * kl * mask).sum()
 
 
-# --------------------------------------------------------------------------------------------------------- averages
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+def noise(seed: int, problem: int, group: int, steps: int) -> Tensor:
+    """Uniform numbers in [0, 1) [G, steps] that belong to a problem's samples, whatever is sampled beside them."""
+    return torch.rand(group, steps, generator=torch.Generator().manual_seed(1_000_003 * seed + problem))
+
+
+def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(token, its log-prob) [R] each, sampled from logits [R, V]: where the running sum of π passes `uniform` [R]."""
+    probs = (logits.float() / temperature).softmax(-1)
+    sums = probs.cumsum(-1)
+    total = sums[:, -1:]
+    # Strictly below the total, so that no rounding leads to a token of probability 0 behind the last possible one.
+    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(sums, threshold, right=True)
+    return token[:, 0], probs.gather(1, token)[:, 0].log()
+
+
+# ------------------------------------------------------------------------------------------------------------- averages
 
 def masked_mean(values: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
     """Σ values·mask / denominator []; the denominator is the mask's own sum unless given.
@@ -106,11 +124,6 @@ def masked_mean(values: Tensor, mask: Tensor, denominator: float | None = None) 
 
 
 # ------------------------------------------------------------------------------------- surrogates, each to be maximised
-
-def importance_surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
-    """ρ·A: the policy gradient, corrected for data that another policy sampled. No trust region at all."""
-    return ratio * advantage
-
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
     """min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A) (PPO, 1707.06347; separate bounds as in DAPO, 2503.14476).
@@ -131,7 +144,7 @@ def soft_gate_surrogate(ratio: Tensor, advantage: Tensor, tau_right: float = 1.0
     return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
 
 
-# ----------------------------------------------------------------------------------------------------- the KL budget
+# -------------------------------------------------------------------------------------------------------- the KL budget
 
 def dual_ascent(multiplier: float, kl: float, budget: float, rate: float, gain: float = 1.0,
                 bound: float = 1e3) -> tuple[float, float]:
@@ -193,7 +206,7 @@ def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[f
     return q.mean(1).tolist(), divergence.mean(1).tolist()
 
 
-# ------------------------------------------------------------------ for large vocabularies: never all the logits at once
+# ----------------------------------------------------------------- for large vocabularies: never all the logits at once
 
 CHUNK = {"cpu": 2**25, "cuda": 2**27}  # logits held at a time: 128 MB in fp32; a GPU has more room, and waits for launches
 

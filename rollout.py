@@ -4,17 +4,21 @@ A policy is a pair (model, tokenizer) as transformers loads them. Nothing here a
 Models stay in eval mode everywhere, so dropout is off alike where tokens are sampled and where they are scored.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import kl
 from rewards import InputError, Problem, reward
@@ -23,7 +27,7 @@ from rewards import InputError, Problem, reward
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# ------------------------------------------------------------------------------------------------------------ policies
+# ------------------------------------------------------------------------------------------------------------- policies
 
 def load_policy(name: str, device: str | torch.device = "cpu"):
     """(model, tokenizer) from a checkpoint folder or a hub name; fp32 weights, eval mode.
@@ -49,9 +53,10 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
         model = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {str(device)!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
-    with torch.no_grad():  # the same first token before two others
-        first, second = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=device)).logits[:, 0]
-    if not torch.allclose(first, second, atol=1e-3):
+    with torch.no_grad():  # what another second token changes, at the first position and at its own
+        one, other = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=device)).logits
+    first, second = (one - other).abs().amax(-1)
+    if first > 1e-3 * second + 1e-5:
         raise refused("is no causal language model: what it says of a token depends on the tokens after it")
     return model, tokenizer
 
@@ -60,6 +65,22 @@ def save_policy(model, tokenizer, folder: str | Path) -> None:
     """Write a checkpoint folder that `load_policy`, and transformers itself, read back."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def trainable(base, lr: float, checkpointing: bool = False):
+    """(model, optimizer): a copy of a frozen policy to train; it stays in eval mode, so that dropout is off."""
+    model = copy.deepcopy(base).requires_grad_(True)
+    if checkpointing:  # transformers' own would need train mode
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and "forward" not in vars(layer):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+
+
+def autocast(precision: str, device: torch.device):
+    """The context of all computing: bf16 over fp32 weights for bf16, and for auto on CUDA."""
+    bf16 = precision == "bf16" or precision == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)  # weights change between passes
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -80,7 +101,7 @@ def encode_prompt(tokenizer, question: str, template: str = "{question}") -> lis
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
-# ------------------------------------------------------------------------------------------------------------ Rollouts
+# ------------------------------------------------------------------------------------------------------------- Rollouts
 
 @dataclass
 class Rollouts:
@@ -186,12 +207,12 @@ def by_tokens(rollouts: Rollouts, budget: int) -> list[Tensor]:
     return batches
 
 
-# ------------------------------------------------------------------------------------------------------------- scoring
+# -------------------------------------------------------------------------------------------------------------- scoring
 
 def output_embedding(model) -> Tensor | None:
     """W [V, d] of a model whose logits are h Wᵀ, which it is asked once; None where they are biased, scaled or capped."""
     layer = model.get_output_embeddings()
-    if not isinstance(layer, torch.nn.Linear):
+    if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:
         return None
     if not hasattr(layer, "gives_logits"):
         with torch.no_grad():
@@ -252,18 +273,7 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: 
     return scores
 
 
-# ------------------------------------------------------------------------------------------------------------ sampling
-
-def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(token, its log-prob) [R] each, sampled from logits [R, V]: where the running sum of π passes `uniform` [R]."""
-    probs = (logits.float() / temperature).softmax(-1)
-    sums = probs.cumsum(-1)
-    total = sums[:, -1:]
-    # Strictly below the total, so that no rounding leads to a token of probability 0 behind the last possible one.
-    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(sums, threshold, right=True)
-    return token[:, 0], probs.gather(1, token)[:, 0].log()
-
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
 def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_tokens: int, temperature: float,
@@ -276,8 +286,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     """
     device, total = model.device, len(prompts) * group
     problems = range(len(prompts)) if problems is None else problems
-    noise = torch.cat([torch.rand(group, max_new_tokens, generator=torch.Generator().manual_seed(1_000_003 * seed + problem))
-                       for problem in problems]).to(device)
+    uniform = torch.cat([kl.noise(seed, problem, group, max_new_tokens) for problem in problems]).to(device)
     stop = torch.tensor(stop, device=device)
     prompt_length = torch.tensor([len(p) for p in prompts])
     width = int(prompt_length.max())
@@ -298,7 +307,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     log_probs = torch.zeros(total, max_new_tokens, device=device)
     going = torch.ones(total, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        token, log_prob = choose(logits, temperature, noise[row, t])
+        token, log_prob = kl.choose(logits, temperature, uniform[row, t])
         tokens[row, t], log_probs[row, t] = token, log_prob
         going &= (token[:, None] != stop).all(1)
         if t % 4 == 3:  # to ask which samples still go makes a GPU wait, so the others leave every fourth token
@@ -361,7 +370,7 @@ def completion_texts(tokenizer, rollouts: Rollouts) -> list[str]:
     return tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 def pass_at_k(rewards: Tensor, k: int) -> Tensor:
     """Unbiased pass@k a problem [P] from n ≥ k samples each [P, n]: 1 − C(n − c, k)/C(n, k) (2107.03374, eq. 1)."""

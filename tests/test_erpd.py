@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
 import kl
-import rollout
-from erpd import Config, Diverged
+from erpd import Config
 from rewards import InputError, chain_problems, group_advantages
-from rollout import Rollouts, collect, completion_figures, load_policy, sample, score
+from rollout import Rollouts, collect, completion_stats, divergence, load_policy, score
 
 TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
-SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, test_problems=8, test_samples=2, curve_samples=1, limit_samples=2, explore_epochs=2,
-             unlearn_epochs=1, distill_epochs=1, explore_batch=32, distill_batch=32, operands=3)
+SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, test_problems=8, test_samples=2, curve_samples=1,
+             limit_samples=2, explore_epochs=2, unlearn_epochs=1, distill_epochs=1, explore_batch=32, distill_batch=32,
+             operands=3)
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +30,15 @@ def stage(device):
     return base, tokenizer, problems, collect(base, tokenizer, problems, 8, max_new_tokens=48, seed=0)
 
 
+def explored(base, rollouts, config, **settings):
+    return erpd.explore(base, rollouts, group_advantages(rollouts.rewards, rollouts.groups), config, **settings)
+
+
 def weights(model):
     return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
 
 
-# ------------------------------------------------------------------------------------------------------------- the stage
+# ------------------------------------------------------------------------------------------------------------ the stage
 
 def test_the_embedded_policy_has_a_habit_that_no_temperature_cures(device):
     """A base that is merely noisy is cured by sampling colder, and every method then looks good on it."""
@@ -46,7 +50,7 @@ def test_the_embedded_policy_has_a_habit_that_no_temperature_cures(device):
     assert right[0.01] < right[0.3] < right[0.7] < right[1.0]
 
 
-# ------------------------------------------------------------------------------------------------------------ the losses
+# ----------------------------------------------------------------------------------------------------------- the losses
 
 def one_completion(log_prob, behaviour, rewards):
     """Rollouts of B one-prompt-token rows around given log-probs [B, T]."""
@@ -58,7 +62,7 @@ def one_completion(log_prob, behaviour, rewards):
 def test_sequence_losses_by_hand():
     """mse regresses and ce classifies by β times the *sum* of the log-ratio over the completion, not its mean."""
     log_prob, behaviour = torch.tensor([[-0.5, -1.0], [-2.0, -1.5]]), torch.tensor([[-1.0, -1.5], [-1.0, -1.5]])
-    part, advantage = one_completion(log_prob, behaviour, [1.0, 0.0]), torch.tensor([1.0, -1.0])
+    part, advantage = one_completion(log_prob, behaviour, [1.0, 0.0]), torch.tensor([[1.0], [-1.0]])
     config = Config(beta=0.5)
     r_right, r_wrong = 0.5 * (0.5 + 0.5), 0.5 * (-1.0 + 0.0)
     mse = erpd.explorer_loss("mse", log_prob, part, advantage, 4, 2, config)
@@ -69,27 +73,15 @@ def test_sequence_losses_by_hand():
     assert nll.item() == pytest.approx(1.5 / 4)
 
 
-@pytest.mark.parametrize("loss", erpd.LOSSES)
-def test_reversed_targets_are_the_loss_of_the_opposite_verdict(loss):
-    """A reversal that misses one of Â and r trains a policy that is neither better nor worse."""
-    log_prob, behaviour = torch.tensor([[-0.5, -1.0], [-2.0, -1.5]]), torch.tensor([[-1.0, -1.5], [-1.0, -1.5]])
-    reverse = erpd.explorer_loss(loss, log_prob, one_completion(log_prob, behaviour, [1.0, 0.0]), torch.tensor([1.0, -1.0]),
-                                 4, 2, Config(), reverse=True)
-    opposite = erpd.explorer_loss(loss, log_prob, one_completion(log_prob, behaviour, [0.0, 1.0]), torch.tensor([-1.0, 1.0]),
-                                  4, 2, Config())
-    assert reverse.item() == pytest.approx(opposite.item())
-
-
 @pytest.mark.parametrize("loss", ["sapo", "clip"])
 def test_first_gradient_is_the_policy_gradient(stage, loss):
     """At ρ = 1 every surrogate has the gradient of mean_t Â·log π_θ, computed here with transformers' own loss."""
     base, _, _, rollouts = stage
-    rollouts = rollouts.to(next(base.parameters()).device)
-    advantage = group_advantages(rollouts.rewards, rollouts.groups)
+    advantage = group_advantages(rollouts.rewards, rollouts.groups).to(base.device)
     model, _ = erpd.trainable(base, 1e-4)
-    log_prob = completion_figures(model, rollouts).log_prob
+    log_prob, rollouts = completion_stats(model, rollouts).log_prob, rollouts.to(base.device)
     tokens = int(rollouts.length.sum())
-    erpd.explorer_loss(loss, log_prob, rollouts, advantage, tokens, len(rollouts), Config()).backward()
+    erpd.explorer_loss(loss, log_prob, rollouts, advantage[:, None], tokens, len(rollouts), Config()).backward()
     ours = torch.cat([p.grad.flatten() for p in model.parameters()])
 
     model.zero_grad()
@@ -104,7 +96,7 @@ def test_first_gradient_is_the_policy_gradient(stage, loss):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ the stages
+# ----------------------------------------------------------------------------------------------------------- the stages
 
 @pytest.mark.parametrize("what", ["sapo", "ce", "mse", "nll", "clip", "distill"])
 def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
@@ -117,7 +109,7 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
             signal = torch.sin(torch.arange(rollouts.mask.numel())).view_as(rollouts.mask)
             model = erpd.distill(base, rollouts, signal, config)
         else:
-            model = erpd.explore(base, rollouts, config, loss=what, epochs=1)
+            model = explored(base, rollouts, config, loss=what, epochs=1)
         ends.append(weights(model) - weights(base))
     # Adam divides by the gradient's size, so an update of 1e-4 a weight is compared; rounding may turn a sign near zero.
     for other in ends[1:]:
@@ -125,22 +117,20 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
         assert close.float().mean() > 0.98
 
 
-def test_the_rate_falls_to_zero_over_the_run_and_no_further(stage):
+def test_the_distillers_rate_falls_to_zero_over_its_run_and_no_further(stage, monkeypatch):
     """A schedule that counts epochs for updates, ends early, or goes on below zero."""
     base, _, _, rollouts = stage
-    for decay, expected in ((True, [0.75, 0.5, 0.25, 0.0]), (False, [1.0] * 4)):
-        model, optimizer = erpd.trainable(base, 1e-3)
-        rates = []
-        erpd.optimise(model, optimizer, rollouts, {}, lambda policy, part, *_: (policy.log_prob.sum(), {}), epochs=2, batch=32,
-                      config=Config(**SMALL), seed=0, desc="", decay=decay,
-                      after_update=lambda: rates.append(optimizer.param_groups[0]["lr"] / 1e-3) or {})
-        assert rates == pytest.approx(expected)
+    rates, update = [], erpd.optimise
+    monkeypatch.setattr(erpd, "optimise", lambda model, optimizer, *a: rates.append(optimizer.param_groups[0]["lr"])
+                        or update(model, optimizer, *a))
+    erpd.distill(base, rollouts, rollouts.mask, Config(**SMALL | {"distill_epochs": 2}, distill_lr=1e-3))
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
 def test_checkpointing_changes_no_update(stage):
     """Layers that are not run again, or that are but with other inputs."""
     base, tokenizer, problems, rollouts = stage
-    model, checkpointed = (erpd.explore(base, rollouts, Config(**SMALL, checkpointing=on), loss="mse", epochs=1) for on in (0, 1))
+    model, checkpointed = (explored(base, rollouts, Config(**SMALL, checkpointing=on), loss="mse", epochs=1) for on in (0, 1))
     torch.testing.assert_close(weights(checkpointed), weights(model))
     again, _ = erpd.trainable(checkpointed, 1e-4, True)  # a further round's
     again_rollouts = [collect(m, tokenizer, problems, 2, max_new_tokens=20, seed=1) for m in (model, again)]
@@ -151,31 +141,14 @@ def test_checkpointing_changes_no_update(stage):
     torch.testing.assert_close(score(again, rollouts), score(model, rollouts), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-def test_checkpointing_changes_no_gradient_of_a_shared_prompt(make_model, monkeypatch, name):
-    """A cache that grows when its layer runs again; keys and values of a prompt that lose their gradient there."""
-    base, runs, gradients = make_model(name), [], []
-    prompts = [[5, 3, 14, 4, 9, 13, 7, 3], [4], [6, 13]]
-    rollouts = sample(base, prompts, 4, max_new_tokens=9, temperature=1.0, stop=[0], pad_id=0, seed=0).to(base.device)
-    shared = rollout.states_after_prompts
-    monkeypatch.setattr(rollout, "SHARING", {"cpu", "cuda"})
-    monkeypatch.setattr(rollout, "states_after_prompts", lambda *a: runs.append(1) or shared(*a))
-    for checkpointing in (False, True):
-        model, _ = erpd.trainable(base, 1e-3, checkpointing)
-        kl.masked_mean(completion_figures(model, rollouts).log_prob, rollouts.mask).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert len(runs) == 2
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
-
-
 def test_stages_leave_base_and_batch_as_they_were(stage):
     """Reference log-probs that follow the policy make every ratio 1 and every KL 0."""
     base, _, _, rollouts = stage
     before, stored = weights(base), rollouts.log_probs.clone()
     config = Config(**SMALL)
-    explorer = erpd.explore(base, rollouts, config, loss="sapo", epochs=2)
+    explorer = explored(base, rollouts, config, loss="sapo", epochs=2)
     teacher = score(explorer, rollouts)
-    student = erpd.distill(base, rollouts, erpd.token_signal("teacher", rollouts.log_probs, teacher), config)
+    student = erpd.distill(base, rollouts, erpd.token_signal("teacher", rollouts.log_probs, teacher, None), config)
     assert torch.equal(weights(base), before) and torch.equal(rollouts.log_probs, stored)
     assert not torch.equal(weights(explorer), before) and not torch.equal(weights(student), before)
     torch.testing.assert_close(score(base, rollouts), stored, atol=1e-4, rtol=0)
@@ -186,12 +159,41 @@ def test_explorer_raises_right_completions_and_the_unlearned_policy_wrong_ones(s
     base, _, _, rollouts = stage
     right = rollouts.rewards.bool()
 
-    def gain(reverse):
-        model = erpd.explore(base, rollouts, Config(**SMALL), loss="mse", epochs=3, reverse=reverse)
+    def gain(advantage, rewards):
+        model = erpd.explore(base, replace(rollouts, rewards=rewards), advantage, Config(**SMALL), loss="mse", epochs=3)
         change = (score(model, rollouts) - rollouts.log_probs).sum(1)
         return (change[right].mean() - change[~right].mean()).item()
 
-    assert gain(False) > 0.5 and gain(True) < -0.5
+    advantage = group_advantages(rollouts.rewards, rollouts.groups)
+    assert gain(advantage, rollouts.rewards) > 0.5 and gain(-advantage, 1 - rollouts.rewards) < -0.5
+
+
+@pytest.mark.parametrize("signal", ["teacher", "contrast", "unlearned"])
+def test_a_round_builds_its_signal_from_the_right_policies(stage, monkeypatch, signal):
+    """Targets reversed for the explorer too, for one of Â and r alone, or not at all; a teacher scored on another batch."""
+    base, tokenizer, problems, _ = stage
+    asked, given = {}, []
+
+    def explore(base, rollouts, advantage, config, *, desc, **settings):
+        asked[desc] = rollouts.rewards, advantage
+        return desc
+
+    scores = {"unlearned policy": -3.0, "extreme region policy (sapo)": -0.5}
+    monkeypatch.setattr(erpd, "explore", explore)
+    monkeypatch.setattr(erpd, "score", lambda model, rollouts, *a, **k: torch.full_like(rollouts.log_probs, scores[model]))
+    monkeypatch.setattr(erpd, "distill", lambda base, rollouts, signal, *a, **k: given.extend((rollouts, signal)) or base)
+    monkeypatch.setattr(erpd, "within_budget", lambda base, student, *a: (student, 0.0))
+    erpd.one_round(base, tokenizer, problems, Config(**SMALL, signal=signal))
+    rollouts, signal_given = given
+    advantage = group_advantages(rollouts.rewards, rollouts.groups)
+    wanted = {"teacher": -0.5 - rollouts.log_probs, "contrast": torch.full_like(rollouts.log_probs, 2.5),
+              "unlearned": rollouts.log_probs + 3.0}[signal]
+    torch.testing.assert_close(signal_given, wanted)
+    assert set(asked) == {"teacher": {"extreme region policy (sapo)"}, "contrast": set(scores),
+                          "unlearned": {"unlearned policy"}}[signal]
+    for name, (rewards, its_advantage) in asked.items():
+        assert torch.equal(rewards, 1 - rollouts.rewards if name == "unlearned policy" else rollouts.rewards)
+        assert torch.equal(its_advantage, -advantage if name == "unlearned policy" else advantage)
 
 
 def test_a_perfect_teacher_assigns_credit_that_adds_up_to_the_outcome():
@@ -207,7 +209,7 @@ def test_a_perfect_teacher_assigns_credit_that_adds_up_to_the_outcome():
         return torch.stack([head.log()[:, None].expand(3, 3), (posterior / head[:, None]).log()], -1).view(9, 2)
 
     base, teacher = log_probs_given(torch.ones(3, 3)), log_probs_given(right)
-    signal = erpd.token_signal("teacher", base, teacher)
+    signal = erpd.token_signal("teacher", base, teacher, None)
     p_right = (joint * right).sum()
     torch.testing.assert_close(signal.sum(1)[right.view(9).bool()], -p_right.log().expand(4))
     p_right_after_first = (second * right).sum(1)  # the first token's share is log P(right|y_1)/P(right)
@@ -216,11 +218,11 @@ def test_a_perfect_teacher_assigns_credit_that_adds_up_to_the_outcome():
 
 def test_signals():
     log_base, log_teacher, log_unlearned = torch.tensor([[-1.0]]), torch.tensor([[-0.5]]), torch.tensor([[-3.0]])
-    assert erpd.token_signal("teacher", log_base, log_teacher).item() == 0.5
+    assert erpd.token_signal("teacher", log_base, log_teacher, None).item() == 0.5
     assert erpd.token_signal("contrast", log_base, log_teacher, log_unlearned).item() == 2.5
     assert erpd.token_signal("unlearned", log_base, None, log_unlearned).item() == 2.0
     with pytest.raises(ValueError, match="contrast"):
-        erpd.token_signal("contrast", log_base, log_teacher)
+        erpd.token_signal("contrast", log_base, log_teacher, None)
 
 
 def test_several_teachers_count_by_their_weights_and_not_by_their_drift():
@@ -242,20 +244,21 @@ def test_student_stays_within_its_budget_on_its_own_samples(stage):
     wild = erpd.distill(base, rollouts, signal, config)
     kept, spent = erpd.within_budget(base, wild, tokenizer, problems, config)
     fresh = collect(kept, tokenizer, problems, 64, seed=9, **config.sampling)
-    measured = erpd.divergence(kept, base, fresh)["kl"]
-    unchecked = erpd.divergence(wild, base, collect(wild, tokenizer, problems, 8, seed=9, **config.sampling))["kl"]
+    measured = divergence(kept, base, fresh)["kl"]
+    unchecked = divergence(wild, base, collect(wild, tokenizer, problems, 8, seed=9, **config.sampling))["kl"]
     assert unchecked > 0.3 and 0 < spent <= 0.1 and measured < 0.15
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_finite_weights(stage):
     base, _, _, rollouts = stage
     broken = replace(rollouts, log_probs=torch.full_like(rollouts.log_probs, math.nan))
-    with pytest.raises(Diverged) as stopped:
-        erpd.explore(base, broken, Config(**SMALL), loss="sapo", epochs=1)
-    assert stopped.value.step == 1 and torch.equal(weights(stopped.value.model), weights(base))
+    with pytest.raises(FloatingPointError) as stopped:
+        explored(base, broken, Config(**SMALL), loss="sapo", epochs=1)
+    stage, model = stopped.value.args
+    assert stage == "explorer" and torch.equal(weights(model), weights(base))
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 def arguments(**settings):
     return [part for name, value in (SMALL | settings).items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -278,7 +281,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
     assert AutoTokenizer.from_pretrained(folder / "policy").encode("1+1=")
     assert not torch.equal(weights(policy), weights(AutoModelForCausalLM.from_pretrained(TINY)))
-    assert len(Rollouts.load(folder / "rollouts-2.pt")) == 64
+    assert len(Rollouts.load(folder / "round-2" / "rollouts.pt")) == 64
 
 
 @pytest.mark.parametrize("method", ["grpo", "mse", "nll", "clip"])
@@ -319,6 +322,9 @@ WRONG = [
     (dict(run="taken"), "taken"),
     (dict(data="hard.jsonl", problems=4, test_problems=1), "nothing to learn"),
     (dict(explore_lr=1e30), "last_finite"),
+    (dict(explore_lr="inf"), "--explore-lr"),
+    (dict(loss="sapo:0.5"), "sapo:0.5"),
+
     (dict(device="tpu"), "tpu"),
 ]
 

@@ -45,7 +45,7 @@ def gradient(value, theta):
     return torch.autograd.grad(value, theta, retain_graph=True)[0]
 
 
-# ------------------------------------------------------------------------------------------------ sampled estimators
+# --------------------------------------------------------------------------------------------------- sampled estimators
 
 @pytest.mark.parametrize("kind", ["tokens", "sequences"])
 def test_k1_and_k3_are_unbiased_and_k2_is_not(kind):
@@ -92,7 +92,7 @@ def test_token_estimates_add_up_to_the_sequence_kl():
         assert torch.isclose((p * estimator(log_p, log_q).sum(-1)).sum(), exact)
 
 
-# ---------------------------------------------------------------------------------------------------------- exact KL
+# ------------------------------------------------------------------------------------------------------------- exact KL
 
 def test_exact_kl_in_both_directions():
     """Mistake: F.kl_div(input, target) read as KL(input‖target): it is KL(target‖input)."""
@@ -116,7 +116,7 @@ def test_exact_kl_where_tokens_have_no_probability():
     torch.testing.assert_close(kl.exact_kl(log_p, log_p), torch.zeros(2))
 
 
-# ------------------------------------------------------------------------------------------------------ on-policy KL
+# --------------------------------------------------------------------------------------------------------- on-policy KL
 
 def all_sequences(eos: int):
     """(kl, log_ratio, mask, exact): every sequence as often as π_0 samples it, and KL(π_θ‖π_0) over the sequences.
@@ -164,7 +164,7 @@ def test_on_policy_kl_survives_improbable_batches():
     torch.testing.assert_close(kl.on_policy_kl(divergence, log_ratio, torch.ones(2, 2)), torch.tensor(2.5))
 
 
-# ------------------------------------------------------------------------------------------------- log-probs, entropy
+# --------------------------------------------------------------------------------------------------- log-probs, entropy
 
 def test_token_log_probs_by_hand():
     """Mistake: probabilities gathered along the wrong axis."""
@@ -192,17 +192,11 @@ def test_entropy():
     torch.testing.assert_close(kl.entropy(log_probs), Categorical(logits=log_probs).entropy())
 
 
-# ------------------------------------------------------------------------- from hidden states, without all the logits
+# ------------------------------------------------------------------------------------------ a chunk of tokens at a time
 
-SHAPES = {"plain": kl.Head(None), "scaled": kl.Head(None, scale=0.4), "capped": kl.Head(None, scale=1.5, cap=2.0)}
-
-
-def naive_figures(hidden, head, ids, temperature, reference):
-    """The same as kl.token_figures, by autograd, from all the logits at once."""
-    def log_pi(hidden, head):
-        z = head.scale * hidden @ head.weight.T
-        return kl.log_softmax(z if head.cap is None else head.cap * (z / head.cap).tanh(), temperature)
-    log_p, log_q = log_pi(hidden, head), log_pi(*reference)
+def naive_stats(hidden, weight, ids, temperature, reference):
+    """The same as kl.token_stats, by autograd, from all the logits at once."""
+    log_p, log_q = (kl.log_softmax(h @ w.T, temperature) for h, w in ((hidden, weight), reference))
     return kl.token_log_probs(log_p, ids), kl.entropy(log_p), kl.exact_kl(log_p, log_q)
 
 
@@ -211,53 +205,66 @@ def assert_relative(ours, theirs, relative=1e-5):
     assert (ours - theirs).norm() <= relative * theirs.norm(), ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize("block", [1, 300, 1000, 10**9])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chunk", [1, 300, 1000, 10**9])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_token_figures_are_the_naive_ones(temperature, shape, block):
-    """Item 12: blocks that miss or double a token's column, a cap or temperature without its slope, sums out of scale."""
+def test_token_stats_are_the_naive_ones(temperature, chunk):
+    """Mistake: a chunk missed or counted twice, a temperature without its slope, a KL's gradient without its mean."""
     torch.manual_seed(0)
     n, d, size = 37, 16, 211
     hidden, weight = (3 * torch.randn(n, d)).requires_grad_(), torch.randn(size, d, requires_grad=True)
     ids = torch.cat([torch.tensor([0, size - 1]), torch.randint(size, (n - 2,))])
-    head = SHAPES[shape]._replace(weight=weight)
-    reference = torch.randn(n, d), SHAPES[shape]._replace(weight=torch.randn(size, d))
-    theirs = naive_figures(hidden, head, ids, temperature, reference)
-    ours = kl.token_figures(hidden, head, ids, temperature, with_entropy=True, reference=reference, block=block)
-    for mine, other in zip(ours, theirs):
+    reference = torch.randn(n, d), torch.randn(size, d)
+    theirs = naive_stats(hidden, weight, ids, temperature, reference)
+    ours = kl.token_stats(hidden, weight, ids, temperature, with_entropy=True, reference=reference, chunk=chunk)
+    for mine, other in zip(ours, theirs, strict=True):
         assert_relative(mine, other)
     assert not ours.entropy.requires_grad
-    alone = kl.token_figures(hidden, head, ids, temperature, block=block)
+    alone = kl.token_stats(hidden, weight, ids, temperature, chunk=chunk)
     assert alone.entropy is None and alone.kl is None
     mask, a, b = (torch.rand(n) < 0.7).float(), torch.randn(n), torch.randn(n)  # some tokens have no gradient
     for loss, other in ((mask * (a * ours.log_prob + b * ours.kl), mask * (a * theirs[0] + b * theirs[2])),
                         (mask * a * alone.log_prob, mask * a * theirs[0]), (mask * b * ours.kl, mask * b * theirs[2])):
         mine = torch.autograd.grad(loss.sum(), (hidden, weight), retain_graph=True)
-        for x, y in zip(mine, torch.autograd.grad(other.sum(), (hidden, weight), retain_graph=True)):
+        for x, y in zip(mine, torch.autograd.grad(other.sum(), (hidden, weight), retain_graph=True), strict=True):
             assert_relative(x, y)
 
 
-def test_token_figures_where_tokens_have_no_probability():
-    """Item 12: 0·log 0 = NaN in the running sums. Tokens barred in policy and reference alike count nothing."""
-    hidden = torch.ones(2, 1, requires_grad=True)
-    logits = torch.tensor([0.5, 0.25, 0.25, 0.0]).log().clamp(min=torch.finfo(torch.float32).min)
-    weight, other = logits[:, None].clone(), torch.tensor([[0.0], [0.0], [0.0], [-math.inf]])
-    weight[3] = -math.inf
-    for block in (2, 100):
-        figures = kl.token_figures(hidden, kl.Head(weight), torch.tensor([0, 1]), with_entropy=True, block=block,
-                                   reference=(hidden.detach(), kl.Head(other)))
-        torch.testing.assert_close(figures.log_prob.exp(), torch.tensor([0.5, 0.25]))
-        torch.testing.assert_close(figures.entropy, torch.full((2,), 1.5 * math.log(2)))
-        torch.testing.assert_close(figures.kl, torch.full((2,), math.log(3) - 1.5 * math.log(2)))
+@pytest.mark.parametrize("ours_has_weight, reference_has_weight", [(False, False), (False, True), (True, False)])
+def test_token_stats_from_logits(ours_has_weight, reference_has_weight):
+    """Mistake: a model whose logits are no h Wᵀ treated as if they were. It, or its reference, gives its logits instead."""
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True), torch.randint(7, (9,))
+    other, other_weight = torch.randn(9, 4), torch.randn(7, 4)
+    theirs = naive_stats(hidden, weight, ids, 0.7, (other, other_weight))
+    ours = kl.token_stats(*(hidden, weight) if ours_has_weight else (hidden @ weight.T, None), ids, 0.7, with_entropy=True,
+                          reference=(other, other_weight) if reference_has_weight else (other @ other_weight.T, None), chunk=20)
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert_relative(mine, expected)
+    mine, expected = (torch.autograd.grad((x[0] + 2 * x[2]).sum(), (hidden, weight)) for x in (ours, theirs))
+    for x, y in zip(mine, expected, strict=True):
+        assert_relative(x, y)
 
 
-@pytest.mark.parametrize("block", [1, 40, 10**9])
-def test_sure_tokens(block):
+def test_token_stats_where_tokens_have_no_probability():
+    """Mistake: 0·log 0 = NaN. Tokens barred in policy and reference alike count nothing, nor does their gradient."""
+    logits = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log().repeat(2, 1).requires_grad_()
+    other = torch.tensor([[0.0, 0.0, 0.0, -math.inf]]).repeat(2, 1)
+    for chunk in (4, 100):
+        stats = kl.token_stats(logits, None, torch.tensor([0, 1]), with_entropy=True, chunk=chunk, reference=(other, None))
+        torch.testing.assert_close(stats.log_prob.exp(), torch.tensor([0.5, 0.25]))
+        torch.testing.assert_close(stats.entropy, torch.full((2,), 1.5 * math.log(2)))
+        torch.testing.assert_close(stats.kl, torch.full((2,), math.log(3) - 1.5 * math.log(2)))
+        gradient, = torch.autograd.grad((stats.log_prob + stats.kl).sum(), logits)
+        assert gradient.isfinite().all() and (gradient[:, 3] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 10**9])
+def test_sure_tokens(chunk):
     """Mistake: log Σe^z = 55 as one fp32 number: its rounding is a good part of what 1 − p leaves to learn from."""
     torch.manual_seed(0)
     ids = torch.arange(5)
     hidden = (torch.rand(5, 50) + 15 * F.one_hot(ids, 50) + 10 * ids[:, None]).requires_grad_()
-    log_prob = kl.token_figures(hidden, kl.Head(torch.eye(50)), ids, block=block).log_prob
+    log_prob = kl.token_stats(hidden, torch.eye(50), ids, chunk=chunk).log_prob
     log_prob.sum().backward()
     exact = hidden.detach().double().requires_grad_()
     exact.log_softmax(1)[ids, ids].sum().backward()
@@ -265,41 +272,33 @@ def test_sure_tokens(block):
     assert_relative(hidden.grad[ids, ids].double(), exact.grad[ids, ids], 0.02)
 
 
-def test_token_figures_in_bf16():
-    """Item 13: sums over a vocabulary in bf16. The logits are rounded, as the model's own are; nothing after them is."""
+def test_token_stats_in_bf16():
+    """Mistake: sums over a vocabulary, or of many chunks' gradients, in bf16. The logits are rounded, as the model's are."""
     torch.manual_seed(0)
     hidden, weight, ids = torch.randn(64, 32).bfloat16(), torch.randn(5000, 32).bfloat16(), torch.randint(5000, (64,))
-    figures = kl.token_figures(hidden, kl.Head(weight), ids, 0.7, with_entropy=True)
+    stats = kl.token_stats(hidden, weight, ids, 0.7, with_entropy=True)
     log_pi = kl.log_softmax(hidden @ weight.T, 0.7)
-    assert figures.log_prob.dtype == torch.float32
-    torch.testing.assert_close(figures.log_prob, kl.token_log_probs(log_pi, ids), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(figures.entropy, kl.entropy(log_pi), atol=1e-4, rtol=1e-5)
+    assert stats.log_prob.dtype == torch.float32
+    torch.testing.assert_close(stats.log_prob, kl.token_log_probs(log_pi, ids), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(stats.entropy, kl.entropy(log_pi), atol=1e-4, rtol=1e-5)
+    weight.requires_grad_()
+    one, many = (torch.autograd.grad(kl.token_stats(hidden, weight, ids, chunk=chunk).log_prob.sum(), weight)[0].float()
+                 for chunk in (10**9, 5000))
+    assert_relative(many, one, 4e-3)  # one rounding; sums in bf16 are off by 1e-2
 
 
-def test_token_figures_from_logits():
-    """Item 12: a model whose output layer is none that is known gives its logits instead, with the same results."""
-    hidden, weight, ids = torch.randn(9, 4), torch.randn(7, 4), torch.randint(7, (9,))
-    other = torch.randn(9, 4)
-    ours = kl.token_figures(hidden @ weight.T, None, ids, 0.7, with_entropy=True, reference=(other @ weight.T, None))
-    head = kl.Head(weight)
-    for x, y in zip(ours, kl.token_figures(hidden, head, ids, 0.7, with_entropy=True, reference=(other, head))):
-        torch.testing.assert_close(x, y)
+# ------------------------------------------------------------------------------------------------------------- sampling
 
-
-# ----------------------------------------------------------------------------------------------------------- sampling
-
-def test_uniform_noise_is_uniform_and_belongs_to_its_pair():
-    """Mistake: a hash with repeats or a drift, or numbers that depend on the rows around them."""
-    problems, samples = torch.arange(200).repeat_interleave(16), torch.arange(16).repeat(200)
-    noise = kl.uniform_noise(3, problems, samples, 64)
-    assert noise.min() >= 0 and noise.max() < 1 and len(noise.unique()) > 0.98 * noise.numel()
-    counts = (noise * 100).long().flatten().bincount(minlength=100)
+def test_noise_is_uniform_and_belongs_to_its_sample():
+    """Mistake: seeds whose streams are alike, so that problems, samples or rounds repeat one another's luck."""
+    streams = [torch.cat([kl.noise(seed, problem, 16, 64) for problem in range(200)]) for seed in (3, 4)]
+    counts = (streams[0] * 100).long().flatten().bincount(minlength=100)
+    assert streams[0].min() >= 0 and streams[0].max() < 1
     assert ((counts - 2048).square() / 2048).sum() < 99 + 5 * math.sqrt(2 * 99)
-    for one, other in ((noise[:, :-1], noise[:, 1:]), (noise[:-1], noise[1:]), (noise[:-16], noise[16:]),
-                       (noise, kl.uniform_noise(4, problems, samples, 64))):  # steps, samples, problems, seeds
-        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].abs() < 0.01
-    rows = torch.randperm(3200)[:7]
-    assert torch.equal(kl.uniform_noise(3, problems[rows], samples[rows], 5), noise[rows, :5])
+    one = streams[0]
+    for x, y in ((one[:, :-1], one[:, 1:]), (one[:-1], one[1:]), (one[:-16], one[16:]), streams):  # steps, samples, problems, seeds
+        assert torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].abs() < 0.01
+    assert torch.equal(kl.noise(3, 7, 4, 64), one[7 * 16:7 * 16 + 4])
 
 
 def test_choose_at_the_edges():
@@ -311,7 +310,7 @@ def test_choose_at_the_edges():
     torch.testing.assert_close(log_prob, (logits / 0.5).log_softmax(-1).gather(1, token[:, None])[:, 0])
 
 
-# ------------------------------------------------------------------------------------------------------- masked mean
+# ---------------------------------------------------------------------------------------------------------- masked mean
 
 def test_masked_mean_of_nothing():
     """Mistake: 0/0. A mask of zeros gives 0 and no gradient, not NaN."""
@@ -344,7 +343,7 @@ def test_micro_batches_add_up(rows):
     torch.testing.assert_close(gradient(kl.masked_mean((inputs @ weight).square(), mask), weight), whole)
 
 
-# -------------------------------------------------------------------------------------------------------- surrogates
+# ----------------------------------------------------------------------------------------------------------- surrogates
 
 @pytest.mark.parametrize("ratio, advantage, value, slope", [
     (1.5, 1.0, 1.28, 0.0),     # already far enough up: closed
@@ -362,13 +361,6 @@ def test_clipped_surrogate(ratio, advantage, value, slope):
     surrogate = kl.clipped_surrogate(ratio, torch.tensor(advantage), low=0.2, high=0.28)
     surrogate.backward()
     torch.testing.assert_close((surrogate, ratio.grad), (torch.tensor(value), torch.tensor(slope)))
-
-
-def test_importance_surrogate_has_no_bound():
-    """Mistake: a hidden trust region. The slope is A at any ratio."""
-    ratio = torch.tensor([0.01, 1.0, 100.0], requires_grad=True)
-    kl.importance_surrogate(ratio, torch.tensor([2.0, -1.0, 3.0])).sum().backward()
-    torch.testing.assert_close(ratio.grad, torch.tensor([2.0, -1.0, 3.0]))
 
 
 @pytest.mark.parametrize("advantage, tau", [(2.0, 1.0), (-2.0, 1.05)])
@@ -391,7 +383,7 @@ def test_soft_gate_of_no_advantage():
     assert (ratio.grad == 0).all()
 
 
-# ----------------------------------------------------------------------------------------------------- the KL budget
+# -------------------------------------------------------------------------------------------------------- the KL budget
 
 def test_dual_ascent_direction_and_bounds():
     """Mistake: the sign of the dual step: a policy that overspends must be held harder, at once and in the long run."""
@@ -465,7 +457,7 @@ def test_interpolated(make_model):
         assert all(torch.equal(weight, state[name]) for name, weight in policy.state_dict().items())
 
 
-# --------------------------------------------------------------------------------------------------------- the limit
+# ------------------------------------------------------------------------------------------------------------ the limit
 
 def test_least_kl_is_the_least():
     """Mistake: a limit that some policy crosses. Random pass rates q cost at least the limit's KL at their mean."""
