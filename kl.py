@@ -1,7 +1,7 @@
 """Probabilities: token log-probs, entropy, KL divergences, the surrogates that move a policy, and the trust region.
 
-Everything here is a function over tensors. Shapes: B completions, T tokens, V vocabulary. A *completion mask* [B, T] is 1
-on the tokens that the policy chose (its end-of-sequence token among them) and 0 after them. All KL is in nats.
+Everything here is a function over tensors. Shapes: B completions, T tokens, V vocabulary. A *completion mask* [B, T]
+is 1 on the tokens that the policy chose (its end-of-sequence token among them) and 0 after them. All KL is in nats.
 
 Directions, once and for all: `exact_kl(p, q)` is KL(p‖q) = Σ_v p(v)·log(p(v)/q(v)). A policy's distance from its
 reference is KL(π_θ‖π_0): the expectation is under the policy that moved.
@@ -66,7 +66,7 @@ def k2(log_prob: Tensor, reference: Tensor) -> Tensor:
 
 
 def k3(log_prob: Tensor, reference: Tensor) -> Tensor:
-    """e^{−k1} − 1 + k1: unbiased for KL(π‖π_0) under y ~ π, never negative (Schulman, 'Approximating KL divergence')."""
+    """e^{−k1} − 1 + k1: unbiased for KL(π‖π_0) under y ~ π, and never negative (Schulman, Approximating KL)."""
     log_ratio = log_prob - reference
     return torch.expm1(-log_ratio) + log_ratio
 
@@ -80,15 +80,15 @@ def k3_off_policy(log_ratio: Tensor) -> Tensor:
 def on_policy_kl(kl: Tensor, log_ratio: Tensor, mask: Tensor, max_weight: float = 10.0) -> Tensor:
     """KL(π_θ‖π_0) in nats a completion [], estimated on completions that π_0 sampled.
 
-    KL(π_θ‖π_0) = Σ_t E_{y_<t ~ π_θ}[KL_t] = Σ_t E_{y_<t ~ π_0}[(Π_{s<t} ρ_s)·KL_t], with the weights normalised at each
-    position and bounded. Summing KL_t without the weights asks how far the policy moved on the *reference's* prefixes,
-    which is another number and usually the wrong one: a policy that avoids its reference's errors visits other prefixes.
+    KL(π_θ‖π_0) = Σ_t E_{y_<t ~ π_θ}[KL_t] = Σ_t E_{y_<t ~ π_0}[(Π_{u<t} ρ_u)·KL_t], with the weights normalised at
+    each position and bounded. Without the weights it would be the KL on the *reference's* prefixes, another number and
+    usually the wrong one: a policy that avoids its reference's errors visits other prefixes.
 
     kl, log_ratio and mask are [B, T]: exact KL at each stored prefix, log ρ_t of the chosen token, completion mask.
     """
-    before = ((log_ratio * mask).cumsum(-1) - log_ratio * mask).detach()  # log Π_{s<t} ρ_s
-    # Over the rows a softmax of log-weights is each weight over their sum, and no weight underflows. Rows that have ended
-    # stay in that sum: π_0 samples them as often as the others, and their KL at later positions is zero.
+    before = ((log_ratio * mask).cumsum(-1) - log_ratio * mask).detach()  # log Π_{u<t} ρ_u
+    # The softmax over the rows is each weight over the sum of all, with no underflow. Rows that have ended stay in that
+    # sum: π_0 samples them as often as the others, and their KL at later positions is zero.
     weight = before.clamp(max=math.log(max_weight)).softmax(0)
     return (weight * kl * mask).sum()
 
@@ -164,8 +164,8 @@ def dual_ascent(multiplier: float, kl: float, budget: float, rate: float, gain: 
 def largest_step_within(measure: Callable[[float], float], budget: float, trials: int = 6) -> tuple[float, float]:
     """The largest step α ∈ (0, 1] along π_0 → π_θ whose measured KL keeps to the budget, and that KL: (α, KL(α)).
 
-    Backtracking line search: the full step first; while that overspends, a quadratic's guess; then the bracket is halved
-    until at least 95 % of the budget is used, or `trials` measurements are spent. (0, 0) if none kept to the budget.
+    Backtracking line search: the full step first; while that overspends, a quadratic's guess; then the bracket is
+    halved until 95 % of the budget is used, or `trials` measurements are spent. (0, 0) if none kept to the budget.
     """
     step, spent = 0.0, 0.0  # the best that keeps to the budget
     above, trial = 1.0, 1.0
@@ -196,8 +196,9 @@ def interpolated(base, model, alpha: float):
 def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[float]]:
     """The limit: (accuracies, KL): no policy has mean accuracy a for less KL(π‖π_0), in nats a completion.
 
-    A policy that is right with probability q_x on problem x, where π_0 is with p_x [P], moved by at least the divergence
-    of those two coins. Its least mean for a given mean accuracy tilts every problem alike: q_x = p_x·e^λ/(1 − p_x + p_x·e^λ).
+    A policy that is right with probability q_x on problem x, where π_0 is with p_x [P], moved by at least the
+    divergence of those two coins. Its least mean for a given mean accuracy tilts every problem alike:
+    q_x = p_x·e^λ/(1 − p_x + p_x·e^λ).
     """
     p = pass_rates.double()
     tilt = torch.linspace(0, 12, points, dtype=torch.float64, device=p.device).exp()[:, None]
@@ -208,7 +209,7 @@ def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[f
 
 # ----------------------------------------------------------------- for large vocabularies: never all the logits at once
 
-CHUNK = {"cpu": 2**25, "cuda": 2**27}  # logits held at a time: 128 MB in fp32; a GPU has more room, and waits for launches
+CHUNK = {"cpu": 2**25, "cuda": 2**27}  # logits held at a time, 128 MB; a GPU has more room, and waits for launches
 
 
 class TokenStats(NamedTuple):
@@ -220,15 +221,16 @@ class TokenStats(NamedTuple):
 
 
 def log_policy(hidden: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
-    """log π [n, V] from hidden states [n, d] and the output embedding [V, d]; without one, from logits in their place."""
+    """log π [n, V] from hidden states [n, d] and the output embedding [V, d]; or without one from logits [n, V]."""
     return log_softmax(hidden if weight is None else hidden @ weight.T, temperature)
 
 
-def token_stats(hidden: Tensor, weight: Tensor | None, ids: Tensor, temperature: float = 1.0, *, with_entropy: bool = False,
-                reference: tuple[Tensor, Tensor | None] | None = None, chunk: int | None = None) -> TokenStats:
-    """TokenStats of the tokens `ids` [N] from the hidden states [N, d] before them, and from a reference's, with its weight.
+def token_stats(hidden: Tensor, weight: Tensor | None, ids: Tensor, temperature: float = 1.0, *,
+                with_entropy: bool = False, reference: tuple[Tensor, Tensor | None] | None = None,
+                chunk: int | None = None) -> TokenStats:
+    """TokenStats of the tokens `ids` [N] from the hidden states [N, d] before them; `reference`: its states and weight.
 
-    The definitions above, in value and gradient (tests/test_kl.py), with about `chunk` logits in memory instead of [N, V].
+    Equal to the definitions above, in value and gradient (tests/test_kl.py), with about `chunk` logits in memory.
     """
     vocabulary = hidden.shape[1] if weight is None else len(weight)
     rows = max(1, (chunk or CHUNK[hidden.device.type]) // vocabulary)
@@ -248,8 +250,9 @@ class _InChunks(torch.autograd.Function):
         stats = []
         for part in (slice(start, start + rows) for start in range(0, len(hidden), rows)):
             log_p = log_policy(hidden[part], weight, temperature)
+            log_q = log_policy(reference[0][part], reference[1], temperature) if reference else None
             stats.append((token_log_probs(log_p, ids[part]), entropy(log_p) if with_entropy else None,
-                          exact_kl(log_p, log_policy(reference[0][part], reference[1], temperature)) if reference else None))
+                          exact_kl(log_p, log_q) if reference else None))
         log_prob, its_entropy, kl = (None if column[0] is None else torch.cat(column) for column in zip(*stats))
         ctx.save_for_backward(hidden, weight, ids, kl)
         ctx.settings = temperature, reference, rows

@@ -40,7 +40,7 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # some ten kinds: no such name, no tokenizer, a broken file, an architecture without text
+    except Exception as error:  # of some ten kinds: no such name, no tokenizer, a broken file, a model without text
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise refused(f"is no checkpoint folder or hub name that transformers can load: {reason}") from None
     if not tokenizer.encode("1"):
@@ -84,7 +84,7 @@ def autocast(precision: str, device: torch.device):
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Every id that ends a completion: the tokenizer's own and those of the generation config (there may be several)."""
+    """Every id that ends a completion: the tokenizer's own and those of the model's configs; there may be several."""
     ids = {tokenizer.eos_token_id}
     for config in (model.generation_config, model.config):  # the first is None where a model cannot generate
         eos = getattr(config, "eos_token_id", None)
@@ -194,7 +194,7 @@ def in_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> lis
 
 
 def by_tokens(rollouts: Rollouts, budget: int) -> list[Tensor]:
-    """Row indices in batches of like lengths, the longest first. Each has at most `budget` tokens, padding included, but
+    """Row indices in batches of like lengths, the longest first: at most `budget` tokens each, padding included, but
     at least one row. Copies of a row share its batch and count once.
     """
     rows, copy_of = rollouts.distinct()
@@ -210,22 +210,21 @@ def by_tokens(rollouts: Rollouts, budget: int) -> list[Tensor]:
 # -------------------------------------------------------------------------------------------------------------- scoring
 
 def output_embedding(model) -> Tensor | None:
-    """W [V, d] of a model whose logits are h Wᵀ, which it is asked once; None where they are biased, scaled or capped."""
+    """W [V, d] of a model whose logits are h Wᵀ, as it is asked once; None where they are biased, scaled or capped."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:
         return None
     if not hasattr(layer, "gives_logits"):
-        with torch.no_grad():
-            ids = torch.tensor([[0, 1]], device=layer.weight.device)
+        ids = torch.tensor([[0, 1]], device=layer.weight.device)
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):  # in bf16 a mild cap would not show
             logits = model(input_ids=ids, use_cache=False).logits
-            ours = layer.weight @ model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].T
-            off = (ours.T - logits[0]).abs().max() / logits.abs().max()
-            layer.gives_logits = bool(off <= torch.finfo(logits.dtype).eps ** 0.5)
+            off = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state) - logits
+        layer.gives_logits = bool(off.abs().max() <= torch.finfo(logits.dtype).eps ** 0.7 * logits.abs().max())
     return layer.weight if layer.gives_logits else None
 
 
 def completion_states(model, ids: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(hidden states [N, d] of the tokens `before` [N] in the rows ids [n, L], output embedding); or their logits and None.
+    """(hidden states [N, d] of the tokens `before` [N] in rows of ids [n, L], output embedding); or logits and None.
 
     Padding is on the right, where causal attention never looks from inside a completion: no attention mask is needed.
     """
@@ -241,8 +240,8 @@ def completion_states(model, ids: Tensor, before: Tensor) -> tuple[Tensor, Tenso
 
 def completion_stats(model, rollouts: Rollouts, temperature: float = 1.0, *, with_entropy: bool = False,
                      reference=None) -> kl.TokenStats:
-    """log π(y_t|s_t), on request the entropy and the exact KL to the model `reference`, at every stored prefix [B, T],
-    0 after the end, with gradients where they are enabled; on the model's device.
+    """log π(y_t|s_t), on request the entropy and the exact KL to the model `reference`, at every stored prefix [B, T];
+    0 after the end, with gradients where they are enabled, on the model's device.
 
     The rollouts lie on the CPU. Which outputs count is worked out there, so that a GPU is not waited for.
     """
@@ -326,8 +325,8 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     length = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
     ids = [torch.cat([torch.tensor(prompts[b // group]), tokens[b, :n]]) for b, n in enumerate(length.tolist())]
     inside = torch.arange(int(length.max())) < length[:, None]
-    return Rollouts(pad_sequence(ids, batch_first=True, padding_value=pad_id), prompt_length.repeat_interleave(group), length,
-                    torch.where(inside, log_probs[:, :inside.shape[1]], 0.0), torch.full((total,), math.nan),
+    return Rollouts(pad_sequence(ids, batch_first=True, padding_value=pad_id), prompt_length.repeat_interleave(group),
+                    length, torch.where(inside, log_probs[:, :inside.shape[1]], 0.0), torch.full((total,), math.nan),
                     torch.tensor(problems).repeat_interleave(group))
 
 
@@ -394,7 +393,7 @@ def bootstrap_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tupl
 @torch.no_grad()
 def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0,
                tokens_per_step: int = 8192) -> dict[str, float]:
-    """Exact KL(π‖π_0) and entropy at the prefixes of `rollouts`, which `model` must have sampled: nats a completion, a token."""
+    """Exact KL(π‖π_0), nats a completion and a token, and entropy, on `rollouts` that `model` itself has sampled."""
     kl_sum = entropy_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     other = None if reference is model else reference
     for rows in tqdm(by_tokens(rollouts, tokens_per_step), desc="exact KL", leave=False):
@@ -421,5 +420,6 @@ def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: 
         "pass_rates": [round(rate, 4) for rate in rewards.mean(1).tolist()],
         "accuracy": rewards.mean().item(), "accuracy_interval": list(bootstrap_interval(rewards.mean(1))),
         "pass": solved.mean().item(), "pass_interval": list(bootstrap_interval(solved)), "samples": samples,
-        **divergence(model, reference, rollouts, temperature, tokens_per_step), "length": rollouts.length.double().mean().item(),
+        "length": rollouts.length.double().mean().item(),
+        **divergence(model, reference, rollouts, temperature, tokens_per_step),
     }
