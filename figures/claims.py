@@ -42,7 +42,7 @@ C3  The student is as accurate for a fraction of the KL, and at equal KL at leas
 C4  A weak or degenerate teacher still makes a better student. 64 prompts, budget 0.5:
     (a) student of the unlearned policy: accuracy less the base's > 0.10       (b) less its teacher's > 0
     (c), (d) the same for the contrast with the explorer after its last epoch
-    (e) KL efficiency of the default student less that of the control, Â in place of s_t, at the middle level > 0
+    (e) KL efficiency of the default student less that of the control, Â in place of δ_t, at the middle level > 0
 C5  Several teachers beat one. 64 prompts, budget 0.5: KL efficiency at the accuracy reached, sapo + mse + nll by contrast,
     less that of each of the three alone > 0
 C6  Gains continue over rounds, also where on-policy GRPO has flattened. 64 prompts:
@@ -71,82 +71,18 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import claims_figures
-import experiments
-from experiments import HERE, Stage, erpd, kl, measured
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from figures import claims_figures, experiments  # noqa: E402
+from figures.experiments import Stage, erpd  # noqa: E402
+from figures.outcomes import Outcome, mean_interval, outcomes  # noqa: E402
 
 RESULTS, SCRATCH = HERE / "results" / "claims.jsonl", Path("runs") / "claims"
 EMBEDDED = str(HERE.parent / "tutorial" / "tiny_base")
 LONG_BASE = str(HERE.parent / "tutorial" / "long_base")  # the same, taught to add eight numbers
-LEVELS = (1 / 3, 1 / 2, 2 / 3)  # of the way from the base's accuracy to 1
 CONSTRAINED = ("clip", "clip + KL 0.05", "clip + KL 0.2", "clip + KL 1")
 OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temperature",
              *(f"{kind}: {loss}" for kind in ("weights", "logits") for loss in ("sapo", "mse", "nll")))
-T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, by degrees of freedom
-
-
-# -------------------------------------------------------------------------------------------------------- one (stage, seed)
-
-class Outcome:
-    """The rows of a stage at one seed, and what the claims ask of them."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = [row | {"method": f"clip + KL {row['kl_coef']:g}"} if row["method"] == "clip + KL" else row for row in rows]
-        base = self.one("base")
-        self.base, self.entropy = base["accuracy"], base["entropy"]
-        self.limit = kl.least_kl(torch.tensor(base["pass_rates"]), points=2000)
-        self.levels = [self.base + share * (1 - self.base) for share in LEVELS]
-
-    def of(self, method: str, **fields) -> list[dict]:
-        return [row for row in self.rows if row["method"] == method and all(row.get(k) == v for k, v in fields.items())]
-
-    def one(self, method: str, **fields) -> dict:
-        return self.of(method, **fields)[0]
-
-    def paths(self, method: str) -> list[list[dict]]:
-        """The rows of a method path by path, each in the order in which it leads away from the base."""
-        paths: dict[str, list[dict]] = {}
-        for row in self.of(method):
-            name = row["path"] if method != "temperature" else "colder" if row["at"] < 1 else "hotter"
-            paths.setdefault(name, []).append(row)
-        return [sorted(path, key=lambda row: -row["at"] if name == "colder" else row["at"]) for name, path in paths.items()]
-
-    def best(self, *methods: str) -> float:
-        return max((row["accuracy"] for method in methods for row in self.of(method)), default=math.nan)
-
-    def kl_at(self, method: str, accuracy: float) -> float:
-        """The least KL at which a path of the method reaches an accuracy; infinite where none does."""
-        return min((kl_on_path(path, self.base, accuracy) for path in self.paths(method)), default=math.inf)
-
-    def least(self, accuracy: float) -> float:
-        """The KL of the limit at an accuracy."""
-        return interpolate(accuracy, *self.limit)
-
-    def efficiency(self, method: str, level: float) -> float:
-        return self.least(level) / self.kl_at(method, level)
-
-    def worth(self, row: dict) -> float:
-        """KL efficiency of a single policy, at the accuracy that it has."""
-        return self.least(row["accuracy"]) / row["kl"] if row["accuracy"] > self.base else 0.0
-
-
-def interpolate(x: float, xs: list[float], ys: list[float]) -> float:
-    """y at x on the line through points with rising xs; infinite beyond the last."""
-    for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:]):
-        if x0 <= x <= x1:
-            return y0 + (x - x0) / max(x1 - x0, 1e-12) * (y1 - y0)
-    return ys[0] if x < xs[0] else math.inf
-
-
-def kl_on_path(path: list[dict], start: float, accuracy: float) -> float:
-    """KL where a path from the base (accuracy `start`, KL 0) first reaches an accuracy; between points linear in √KL."""
-    reached, root = start, 0.0
-    for row in path:
-        after = math.sqrt(max(0.0, row["kl"]))
-        if reached < accuracy <= row["accuracy"]:
-            return (root + (accuracy - reached) / (row["accuracy"] - reached) * (after - root)) ** 2
-        reached, root = row["accuracy"], after
-    return math.inf
 
 
 # ----------------------------------------------------------------------------------------------------------- the verdicts
@@ -167,11 +103,6 @@ class Statistic(NamedTuple):
         return mean - half > self.threshold if self.above else mean + half < self.threshold
 
 
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), T95[min(len(x) - 1, 9)] * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
-
-
 def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     """Every statistic of the docstring, from the outcomes of all seeds of a stage."""
     found: list[Statistic] = []
@@ -181,18 +112,15 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
         if of or few:
             found.append(Statistic(claim, what, [value(outcome) for outcome in of or few], above, threshold))
 
-    def explorer(o: Outcome, method: str = "sapo", path: str = "lr 3e-05") -> list[dict]:
-        return sorted(o.of(method, path=path), key=lambda row: row["at"])
-
     def peak(rows: list[dict]) -> dict:
         return max(rows, key=lambda row: row["accuracy"])
 
     ask("C1", "a  best accuracy of epochs 1–4 less the base's",
-        lambda o: peak([r for r in explorer(o) if r["at"] <= 4])["accuracy"] - o.base, True, 0.10)
+        lambda o: peak([r for r in o.explorer() if r["at"] <= 4])["accuracy"] - o.base, True, 0.10)
     ask("C1", "b  best accuracy less the last",
-        lambda o: peak(explorer(o))["accuracy"] - explorer(o)[-1]["accuracy"], True, 0.05)
-    ask("C1", "c  KL at the last epoch over KL at the best", lambda o: explorer(o)[-1]["kl"] / peak(explorer(o))["kl"], True, 2)
-    ask("C1", "d  entropy at the last epoch over the base's", lambda o: explorer(o)[-1]["entropy"] / o.entropy, False, 0.5)
+        lambda o: peak(o.explorer())["accuracy"] - o.explorer()[-1]["accuracy"], True, 0.05)
+    ask("C1", "c  KL at the last epoch over KL at the best", lambda o: o.explorer()[-1]["kl"] / peak(o.explorer())["kl"], True, 2)
+    ask("C1", "d  entropy at the last epoch over the base's", lambda o: o.explorer()[-1]["entropy"] / o.entropy, False, 0.5)
 
     ask("C2", "a  best of SAPO less best of clip + KL 1", lambda o: o.best("sapo") - o.best("clip + KL 1"), True, 0)
     ask("C2", "b  best of SAPO less best of clip", lambda o: o.best("sapo") - o.best("clip"), True, 0)
@@ -200,19 +128,18 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     def kept(o: Outcome, rows: list[dict]) -> float:
         return o.worth(rows[-1]) / max(o.worth(row) for row in rows)
 
-    ask("C2", "c  efficiency of clip, last epoch over best", lambda o: kept(o, explorer(o, "clip")), False, 0.5)
+    ask("C2", "c  efficiency of clip, last epoch over best", lambda o: kept(o, o.explorer("clip")), False, 0.5)
     ask("C2", "d  efficiency of clip + KL 0.2, last epoch over best",
-        lambda o: kept(o, explorer(o, "clip + KL 0.2", "lr 3e-05, KL 0.2")), False, 0.5)
+        lambda o: kept(o, o.explorer("clip + KL 0.2")), False, 0.5)
 
     for size, outcomes in (("64", few), ("256", many)):
         claim = f"C3, {size} prompts"
         if not outcomes:
             continue
-        ladders = [("erpd", "lr 3e-05")] + [("erpd, faster explorer", "lr 0.0001")] * (size == "64")
-        for method, path in ladders:
-            ask(claim, f"a  student's KL over its explorer's ({path}), at the explorer's best",
-                lambda o, method=method, path=path: o.kl_at(method, peak(explorer(o, path=path))["accuracy"])
-                / peak(explorer(o, path=path))["kl"], False, 1 / 3, outcomes)
+        for method, lr in [("erpd", 3e-5)] + [("erpd, faster explorer", 1e-4)] * (size == "64"):
+            ask(claim, f"a  student's KL over its explorer's (lr {lr:g}), at the explorer's best",
+                lambda o, method=method, lr=lr: o.kl_at(method, peak(o.explorer(lr=lr))["accuracy"])
+                / peak(o.explorer(lr=lr))["kl"], False, 1 / 3, outcomes)
         for method in CONSTRAINED:
             if outcomes[0].of(method):
                 ask(claim, f"b  ceiling: best student less best of {method}",
@@ -233,7 +160,7 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     def student(o: Outcome, path: str, **more) -> dict:
         return o.one("student", path=path, **more)
 
-    last = max((row["at"] for o in few for row in explorer(o)), default=16)
+    last = max((row["at"] for o in few for row in o.explorer()), default=16)
     ask("C4", "a  student of the unlearned policy less the base",
         lambda o: student(o, "unlearned")["accuracy"] - o.base, True, 0.10)
     ask("C4", "b  … less its teacher",
@@ -241,8 +168,8 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     ask("C4", "c  student of the explorer after its last epoch less the base",
         lambda o: student(o, "sapo, contrast", at=last)["accuracy"] - o.base, True, 0.10)
     ask("C4", "d  … less its teacher",
-        lambda o: student(o, "sapo, contrast", at=last)["accuracy"] - explorer(o)[-1]["accuracy"], True, 0)
-    ask("C4", "e  efficiency at 1/2, less that of Â in place of s_t",
+        lambda o: student(o, "sapo, contrast", at=last)["accuracy"] - o.explorer()[-1]["accuracy"], True, 0)
+    ask("C4", "e  efficiency at 1/2, less that of Â in place of δ_t",
         lambda o: o.efficiency("erpd", o.levels[1]) - o.efficiency("control", o.levels[1]), True, 0)
 
     for loss in ("sapo", "mse", "nll"):
@@ -285,6 +212,11 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     return found
 
 
+def percent(values: list[float]) -> str:
+    mean, half = mean_interval(values)
+    return f"{mean:6.1%}" + (f" ± {half:.1%}" if len(values) > 1 else "")
+
+
 def report(by_stage: dict[str, list[Outcome]]) -> str:
     lines, found = [], statistics(by_stage)
     lines.append(f"{'claim':16} {'statistic':76} {'mean':>7} {'95 % interval':>17} {'asked':>8}")
@@ -307,11 +239,6 @@ def report(by_stage: dict[str, list[Outcome]]) -> str:
                 lines.append(f"{method:22} {'  '.join('{:6.2f} ± {:.2f}'.format(*level) for level in levels)}   "
                              f"{percent([o.best(method) for o in outcomes])}")
     return "\n".join(lines)
-
-
-def percent(values: list[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:6.1%}" + (f" ± {half:.1%}" if len(values) > 1 else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ what is run
@@ -390,20 +317,6 @@ def run(wanted: list[Stage], results: Path, folder: Path, workers: int) -> None:
         with tqdm(as_completed(futures), total=len(futures), desc="stages", unit="stage") as bar:
             for future in bar:
                 bar.set_postfix_str(f"{future.result()} is there")
-
-
-def outcomes(results: Path) -> dict[str, list[Outcome]]:
-    """The outcomes by stage; a seed counts once its jobs are all there."""
-    found: dict[tuple, list[dict]] = {}
-    for row in measured(results):
-        found.setdefault((row["stage"], row["seed"]), []).append(row)
-    by_stage: dict[str, list[Outcome]] = {}
-    for (name, _), rows in sorted(found.items(), key=lambda item: item[0][1]):
-        done = {row["job"] for row in rows}
-        last = {"small after grpo"} if name == "64 prompts" else {"erpd", "weights: erpd", "weights: nll", "weights: sapo"}
-        if last <= done:
-            by_stage.setdefault(name, []).append(Outcome(rows))
-    return by_stage
 
 
 # ------------------------------------------------------------------------------------------------------- the command line

@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from experiments import rollout
+from figures.frontier import COLOURS
+from figures.outcomes import mean_interval
 
 HERE = Path(__file__).resolve().parent
-BLACK, ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, YELLOW = rollout.COLOURS
+BLACK, ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, YELLOW = COLOURS
+MAIN = ("erpd", "nll", "weights: nll", "grpo 8×", "sapo", "control")  # the frontier's; figures/README.md has all
 LOOKS = {  # method → (colour, marker, line, label)
     "erpd": (VERMILION, "D", "-", "ERPD student"), "weights: erpd": (VERMILION, "v", "--", "  its weights towards the base"),
     "nll": (BLUE, "o", "-", "cross-entropy on the right completions"),
@@ -30,11 +32,6 @@ LOOKS = {  # method → (colour, marker, line, label)
     "grpo 8×": (SKY, "h", "-", "on-policy GRPO, 8× the rollouts"),
     "control": ("grey", "d", ":", "stage 2 with Â (the control)"),
     "temperature": ("grey", "_", "-", "the base, colder or hotter")}
-
-
-def mean_interval(values):
-    from claims import mean_interval as of
-    return of(list(values))
 
 
 def save(figure: Figure, name: str) -> None:
@@ -53,16 +50,16 @@ def extreme_region(by_stage: dict) -> None:
     outcomes = by_stage["64 prompts"]
     figure = Figure(figsize=(9, 6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flat
-    methods = {"sapo": ("lr 3e-05", ORANGE, "SAPO, no constraint"), "clip": ("lr 3e-05", BLACK, "clip"),
-               **{f"clip + KL {c}": (f"lr 3e-05, KL {c}", colour, f"clip, KL penalty {c}")
+    methods = {"sapo": (ORANGE, "SAPO, no constraint"), "clip": (BLACK, "clip"),
+               **{f"clip + KL {c}": (colour, f"clip, KL penalty {c}")
                   for c, colour in (("0.05", SKY), ("0.2", BLUE), ("1", GREEN))}}
     for axes, (what, title) in zip(panels, (("accuracy", "right completions, held out (higher is better)"),
                                             ("kl", "KL(π‖π₀), nats a completion (lower is closer)"),
                                             ("entropy", "entropy, nats a token"),
                                             ("fallen", "stored completions whose probability fell by e⁵"))):
-        for method, (path, colour, label) in methods.items():
-            epochs = sorted({row["at"] for row in outcomes[0].of(method, path=path)})
-            banded(axes, [16 * e for e in epochs], [[o.one(method, path=path, at=e)[what] for o in outcomes] for e in epochs],
+        for method, (colour, label) in methods.items():
+            ways = [o.explorer(method) for o in outcomes]
+            banded(axes, [16 * row["at"] for row in ways[0]], [[row[what] for row in rows] for rows in zip(*ways)],
                    color=colour, marker="o", markersize=4, label=label)
         axes.set_title(title, fontsize=9)
         axes.set_xscale("log", base=2)
@@ -96,7 +93,8 @@ def frontier(by_stage: dict) -> None:
         axes.plot([mean_interval([o.least(level(o, share)) for o in outcomes])[0] for share in shares],
                   [base + share * (1 - base) for share in shares], color="black", linewidth=1.6, linestyle=(0, (4, 2)),
                   label="the limit: no policy can be to the left")
-        for method, (colour, marker, line, label) in LOOKS.items():
+        for method in MAIN:
+            colour, marker, line, label = LOOKS[method]
             if not all(o.of(method) for o in outcomes):
                 continue
             spent = [(base + share * (1 - base), [o.kl_at(method, level(o, share)) for o in outcomes]) for share in shares]
@@ -107,19 +105,20 @@ def frontier(by_stage: dict) -> None:
             means, halves = zip(*(mean_interval(ks) for ks in spent))
             strong = method == "erpd"
             axes.plot(means, accuracy, color=colour, linestyle=line, marker=marker, markevery=6, markersize=6 if strong else 4,
-                      linewidth=2.4 if strong else 1, label=label, zorder=3 if strong else 2)
+                      linewidth=2.4 if strong else 1.2, label=label,
+                      zorder=3 if strong else 4 if method.startswith("weights") else 2)
             left, right = [max(1e-4, m - h) for m, h in zip(means, halves)], [m + h for m, h in zip(means, halves)]
             axes.fill_betweenx(accuracy, left, right, color=colour, alpha=0.25 if strong else 0.08, linewidth=0)
         axes.axhline(base, color="grey", linestyle=":", linewidth=1)
         axes.text(0.011, base + 0.006, "base", fontsize=8, color="grey")
         axes.set_xscale("log")
-        axes.set_xlim(0.01, 12)
+        axes.set_xlim(0.01, 5)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("KL(π‖π₀) to reach it, on the policy's own samples, nats a completion (log)")
         axes.set_title(f"{name} × 16 stored completions, {len(outcomes)} seed{'s' * (len(outcomes) != 1)}", fontsize=9)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.axes[0].set_ylabel("right completions, held out")
-    figure.axes[0].legend(frameon=False, fontsize=7, loc="upper left")
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     figure.suptitle("The student stays nearer to the limit than every method that trains directly; only cross-entropy, "
                     "moved back towards the base, keeps up", fontsize=10)
     save(figure, "frontier.png")
@@ -153,7 +152,7 @@ def language_model(by_stage: dict) -> None:
 def teacher_accuracy(outcome, row: dict) -> float:
     if row["kind"] == "unlearned":
         return max(outcome.of("unlearned"), key=lambda r: r["at"])["accuracy"]
-    return outcome.one(row["teacher"], path="lr 3e-05" if row["teacher"] == "sapo" else "lr 0.0001", at=row["at"])["accuracy"]
+    return outcome.one(row["teacher"], lr=3e-5 if row["teacher"] == "sapo" else 1e-4, at=row["at"])["accuracy"]
 
 
 def weak_teachers(by_stage: dict) -> None:
@@ -247,11 +246,11 @@ def landing(by_stage: dict) -> None:
         left.text(-0.6, line + 0.47, item["question"], ha="right", va="center", fontsize=7, family="monospace")
     left.set(xlim=(-13, max(len(i["signal"]) for i in shown) + 0.5), ylim=(len(shown), -0.3))
     left.axis("off")
-    left.set_title("Stored completions (■: end), coloured by s_t; a box: the first wrong token", fontsize=9)
-    figure.colorbar(colours, ax=left, shrink=0.6, label="s_t over its root mean square (red: worse)")
+    left.set_title("Stored completions (■: end), coloured by δ_t; a box: the first wrong token", fontsize=9)
+    figure.colorbar(colours, ax=left, shrink=0.6, label="δ_t over its root mean square (red: worse)")
     names = [row["path"] for row in outcomes[0].of("landing")]
-    for at, (what, colour, label) in enumerate((("first_wrong", VERMILION, "−s_t: which token is the first wrong one"),
-                                                ("gone_wrong", BLUE, "−Σ s: has the prefix gone wrong"))):
+    for at, (what, colour, label) in enumerate((("first_wrong", VERMILION, "−δ_t: which token is the first wrong one"),
+                                                ("gone_wrong", BLUE, "−Σ δ: has the prefix gone wrong"))):
         means, halves = zip(*(mean_interval([o.one("landing", path=name)[what] for o in outcomes]) for name in names))
         right.barh([i + 0.4 * at for i in range(len(names))], means, 0.38, xerr=halves, color=colour, label=label,
                    error_kw={"elinewidth": 0.8})
@@ -264,41 +263,6 @@ def landing(by_stage: dict) -> None:
     right.set_title(f"How well a signal finds the mistake ({len(outcomes)} seeds)", fontsize=9)
     figure.suptitle("The drifted policies know where a chain goes wrong; the outcome advantage does not", fontsize=10)
     save(figure, "landing.png")
-
-
-def where_it_goes(by_stage: dict) -> None:
-    """The KL of policies of like accuracy by what stood before the token, beside that of the least-KL policy."""
-    outcomes = [o for o in by_stage["64 prompts"] if o.of("split")]
-    names = {"the limit's policy": "least KL at the student's accuracy", "ERPD student": "ERPD student, budget 0.5",
-             "nll": "cross-entropy", "nll, halfway": "cross-entropy, weights halfway", "sapo": "SAPO at its best",
-             "sapo, halfway": "SAPO, weights halfway"}
-    parts = {"digits of a sum with a carry, chain right so far": (VERMILION, lambda kind: kind == "sum, carry, right so far"),
-             "the same, chain already wrong": (ORANGE, lambda kind: kind == "sum, carry, already wrong"),
-             "digits of a sum without a carry": (BLUE, lambda kind: kind.startswith("sum, no carry")),
-             "copied digits, structure, end": ("grey", lambda kind: kind.startswith(("copied", "structure", "end")))}
-
-    def short(path: str) -> str:
-        loss = path.split(",")[0]
-        return path if path in names else loss + (", halfway" if "halfway" in path else "")
-
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for y, (key, label) in enumerate(names.items()):
-        rows = [next(row for row in o.of("split") if short(row["path"]) == key) for o in outcomes]
-        left = 0.0
-        for part, (colour, belongs) in parts.items():
-            share, _ = mean_interval([sum(v for kind, v in row["split"].items() if belongs(kind)) for row in rows])
-            axes.barh(y, share, 0.7, left, color=colour, label=part if y == 0 else None)
-            left += share
-        right = mean_interval([row["accuracy"] for row in rows])[0]
-        axes.text(left + 0.02, y, f"{left:.2f} nats, {right:.0%} right", va="center", fontsize=8)
-    axes.set_yticks(range(len(names)), names.values(), fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
-    axes.set_xlabel("KL(π‖π₀), nats a completion")
-    axes.legend(frameon=False, fontsize=7, loc="lower right")
-    axes.set_title(f"The student spends its KL where the least-KL policy does ({len(outcomes)} seeds)", fontsize=10)
-    save(figure, "where_it_goes.png")
 
 
 CELLS = (("how often the base is right", ("3 carries", "2 carries", "64 prompts", "at most 1 carry")),
@@ -355,7 +319,5 @@ def draw(by_stage: dict) -> None:
     if "64 prompts" in by_stage:
         for picture in (extreme_region, frontier, weak_teachers, rounds, landing, which_wins):
             picture(by_stage)
-        if any(o.of("split") for o in by_stage["64 prompts"]):
-            where_it_goes(by_stage)
     if "SmolLM2" in by_stage:
         language_model(by_stage)

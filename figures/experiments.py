@@ -7,8 +7,6 @@ line each with all its settings, and a job that has rows is not run again.
 """
 
 import json
-import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -147,12 +145,12 @@ class Bench:
 
     def measure(self, model, samples: int | None = None, **about) -> dict:
         """A row: the policy's accuracy and KL on fresh samples of its own, and `about` it."""
-        figures = rollout.evaluate(model, self.base, self.policy[1], self.held_out, samples or self.config.test_samples,
+        numbers = rollout.evaluate(model, self.base, self.policy[1], self.held_out, samples or self.config.test_samples,
                                    seed=self.config.seed, **self.config.sampling)
         if model is not self.base:
-            figures.pop("pass_rates")
-        figures = {name: [round(v, 5) for v in x] if isinstance(x, list) else round(x, 5) for name, x in figures.items()}
-        row = about | figures
+            numbers.pop("pass_rates")
+        numbers = {name: [round(v, 5) for v in x] if isinstance(x, list) else round(x, 5) for name, x in numbers.items()}
+        row = about | numbers
         self.rows.append(row)
         return row
 
@@ -173,20 +171,21 @@ class Bench:
         path, kept = self.folder / f"{name}.pt", {}
         if path.exists() and not tell:
             return torch.load(path, weights_only=True)
-        config = replace(self.config, explore_lr=lr, kl_coef=kl_coef)
+        config, rollouts = replace(self.config, explore_lr=lr, kl_coef=kl_coef), self.rollouts
+        advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
+        if reverse:
+            rollouts, advantage = replace(rollouts, rewards=1 - rollouts.rewards), -advantage
 
-        def after_epoch(epoch: int, model) -> dict:
+        def watch(_, model, epoch: int) -> None:
             if epoch & (epoch - 1) == 0 or epoch == epochs:
                 kept[epoch] = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 if tell:
                     method = "unlearned" if reverse else loss + (" + KL" if kl_coef else "")
                     path_name = f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else "")
                     self.measure(model, self.config.curve_samples, method=method, path=path_name, at=epoch, lr=lr,
-                                 kl_coef=kl_coef, epochs=epochs, fallen=self.fallen(model), rollouts=len(self.rollouts))
-            return {}
+                                 kl_coef=kl_coef, epochs=epochs, fallen=self.fallen(model), rollouts=len(rollouts))
 
-        erpd.explore(self.base, self.rollouts, config, loss=loss, epochs=epochs, reverse=reverse, seed=self.config.seed,
-                     after_epoch=after_epoch)
+        erpd.explore(self.base, rollouts, advantage, config, loss=loss, epochs=epochs, seed=self.config.seed, watch=watch)
         torch.save(kept, path)
         return kept
 
@@ -222,12 +221,12 @@ class Bench:
         steps = -(-count // max(1, config.explore_batch // config.group))
         due = {steps * share // 8 for share in ((2, 4) if times > 1 else (4,))} | {steps}
 
-        def after_step(step: int, model) -> None:
+        def watch(_, model, step: int) -> None:
             if tell and step in due:
                 self.measure(model, method="grpo" if times == 1 else f"grpo {times}×", path=f"lr {lr:g}", at=step, lr=lr,
                              rollouts=step * count // steps * config.group)
 
-        model = erpd.grpo(self.base, self.policy[1], self.problems[:count], config, after_step=after_step)
+        model = erpd.grpo(self.base, self.policy[1], self.problems[:count], config, seed=config.seed, watch=watch)
         torch.save(model.state_dict(), path)
         return model
 
@@ -245,7 +244,7 @@ class Bench:
         return min(self.stage.epochs, self.stage.nll_epochs if loss == "nll" else 4)
 
     def signal(self, kind: str = "contrast", loss: str = "sapo", epoch: int | None = None) -> Tensor:
-        """s_t [B, T] of an explorer at one of its checkpoints."""
+        """δ_t [B, T] of an explorer at one of its checkpoints."""
         lr, epochs = (self.config.explore_lr, self.stage.epochs) if loss == "sapo" else (self.stage.rates[1], self.short(loss))
         teacher = None if kind == "unlearned" else self.log_probs(loss, lr, epoch or epochs, epochs)
         return erpd.token_signal(kind, self.rollouts.log_probs, teacher, None if kind == "teacher" else self.log_unlearned)
@@ -302,19 +301,13 @@ class Bench:
 
         From another `start`, GRPO's end, the problems are the last ones that it saw.
         """
-        base, size, config = start or self.base, self.config.problems, replace(self.config, kl_budget=budget)
+        base, size = start or self.base, self.config.problems
+        config = replace(self.config, kl_budget=budget, explore_epochs=self.stage.epochs)
         for this_round in range(1, count + 1):
             problems = self.problems[-this_round * size:][:size] if start else self.problems[(this_round - 1) * size:][:size]
-            seed = self.config.seed * 1000 + this_round
-            rollouts = self.collect(base, problems, seed)
-            explorer = erpd.explore(base, rollouts, config, loss="sapo", epochs=self.stage.epochs, seed=seed)
-            unlearned = erpd.explore(base, rollouts, config, loss="mse", epochs=config.unlearn_epochs, reverse=True, seed=seed)
-            drifted = [rollout.score(model, rollouts) for model in (explorer, unlearned)]
-            signal = erpd.token_signal("contrast", rollouts.log_probs, *drifted)
-            student = erpd.distill(base, rollouts, signal, config, seed=seed)
-            base, spent = erpd.within_budget(base, student, self.policy[1], problems, config, seed)
-            self.measure(base, method=method, path=method, at=this_round, budget=budget, spent=spent,
-                         rollouts=before + this_round * size * self.config.group)
+            base = erpd.one_round(base, self.policy[1], problems, config, seed=self.config.seed * 1000 + this_round)
+            self.measure(base, method=method, path=method, at=this_round, budget=budget,
+                         rollouts=before + this_round * size * config.group)
 
     def after_grpo(self, budget: float, method: str = "grpo, then erpd") -> None:
         """One round of ERPD from the policy where eight times the rollouts of GRPO ended."""
@@ -341,7 +334,7 @@ class Bench:
         return torch.tensor(firsts)
 
     def landing(self) -> None:
-        """How well −s_t finds the first wrong token of a wrong chain, and −Σs that a prefix has gone wrong: AUROC."""
+        """How well −δ_t finds the first wrong token of a wrong chain, and −Σδ that a prefix has gone wrong: AUROC."""
         mask, rollouts = self.rollouts.mask.bool(), self.rollouts
         first = self.first_wrong(rollouts, self.problems)
         steps = torch.arange(mask.shape[1])
@@ -370,102 +363,6 @@ class Bench:
         self.rows.append({"method": "rollouts shown", "path": "sapo, contrast", "at": 0, "shown": [
             {"question": self.problems[rollouts.groups[i]].question, "text": texts[i], "first_wrong": int(first[i]),
              "signal": [round(v, 3) for v in contrast[i, :rollouts.length[i]].tolist()]} for i in shown]})
-
-
-    # ---------------------------------------------------------------------------------------------- where the KL goes
-
-    def split(self) -> None:
-        """The KL of policies of like accuracy, nats a completion, by what stood before the token and by s_t of the token."""
-        weights = self.explored("sapo", self.config.explore_lr, self.stage.epochs, tell=False)[self.stage.epochs]
-        unlearned = self.explored("mse", self.config.explore_lr, self.config.unlearn_epochs, reverse=True, tell=False)
-        drifted = [self.revive(weights), self.revive(unlearned[self.config.unlearn_epochs])]
-        config = replace(self.config, kl_budget=BUDGETS[2])
-        student = erpd.distill(self.base, self.rollouts, self.signal(), config, seed=self.config.seed * 1000 + 1)
-        policies = {"ERPD student": student}
-        for loss in ("nll", "sapo"):
-            model, what = self.best_of(loss)
-            policies |= {what: model, f"{what}, weights halfway": kl.interpolated(self.base, model, 0.5)}
-        for name, policy in policies.items():
-            rollouts = self.collect(policy, self.held_out, self.config.seed)
-            figures = [rollout.score(model, rollouts) for model in drifted]
-            signal = erpd.normalised(figures[0] - figures[1], rollouts.mask)
-            spent = self.spent(policy, rollouts)
-            sums: dict[str, float] = {}
-            for kinds, kls, s in zip(self.token_kinds(rollouts), spent.tolist(), signal.tolist()):
-                for kind, k, a in zip(kinds, kls, s):
-                    size = "|s| < 0.25" if abs(a) < 0.25 else "s ≥ 0.25" if a > 0 else "s ≤ −0.25"
-                    for key in (kind, size):
-                        sums[key] = sums.get(key, 0.0) + k / len(rollouts)
-            self.rows.append({"method": "split", "path": name, "at": 0, "accuracy": rollouts.rewards.mean().item(),
-                              "kl": spent.sum().item() / len(rollouts), "split": {k: round(v, 5) for k, v in sums.items()}})
-        self.ideal_split(next(r["accuracy"] for r in self.rows if r["method"] == "split" and r["path"] == "ERPD student"))
-
-    @torch.no_grad()
-    def spent(self, policy, rollouts: rollout.Rollouts) -> Tensor:
-        """Exact KL(π‖π_0) [B, T] at every prefix."""
-        out = torch.zeros_like(rollouts.log_probs)
-        for rows in rollout.by_tokens(rollouts, self.config.tokens_per_step):
-            part = rollouts.select(rows).to(self.base.device)
-            figures = rollout.completion_figures(policy, part, self.config.temperature, reference=self.base)
-            out[rows, :part.log_probs.shape[1]] = figures.kl.cpu()
-        return out
-
-    def token_kinds(self, rollouts: rollout.Rollouts) -> list[list[str]]:
-        firsts = self.first_wrong(rollouts, self.held_out).tolist()
-        return [token_kinds(text, first) for text, first in zip(rollout.completion_texts(self.policy[1], rollouts), firsts)]
-
-    def ideal_split(self, accuracy: float) -> None:
-        """The same of the least-KL policy of an accuracy: π_0's own samples, right ones weighed by e^λ.
-
-        A problem's samples form a tree of prefixes, in which the policy's conditionals, and so its KL at every prefix, follow
-        from the weights below it: the parts add up to its KL exactly.
-        """
-        rollouts = self.collect(self.base, self.held_out, self.config.seed)
-        ids, lengths, groups = rollouts.completions.tolist(), rollouts.length.tolist(), rollouts.groups.tolist()
-        rates = torch.zeros(len(self.held_out)).index_add(0, rollouts.groups, rollouts.rewards) / self.config.group
-        low, high = 0.0, 20.0
-        for _ in range(60):
-            tilt = (low + high) / 2
-            got = (rates * torch.e ** tilt / (1 - rates + rates * torch.e ** tilt)).mean().item()
-            low, high = (tilt, high) if got < accuracy else (low, tilt)
-        weight: dict[tuple, float] = {}
-        count: dict[tuple, int] = {}
-        for row, n, g, r in zip(ids, lengths, groups, rollouts.rewards.tolist()):
-            for t in range(n + 1):
-                node = (g, *row[:t])
-                weight[node] = weight.get(node, 0.0) + float(torch.e) ** (tilt * r)
-                count[node] = count.get(node, 0) + 1
-        sums: dict[str, float] = {}
-        seen, kind_of = set(), {}
-        for row, n, g, kinds in zip(ids, lengths, groups, self.token_kinds(rollouts)):
-            for t in range(n):
-                parent, child = (g, *row[:t]), (g, *row[:t + 1])
-                if child not in seen:  # every edge of the tree once
-                    seen.add(child)
-                    q, p = weight[child] / weight[parent], count[child] / count[parent]
-                    part = weight[parent] / weight[(g,)] * q * math.log(q / p) / len(self.held_out)
-                    kind = kind_of.setdefault(parent, kinds[t])
-                    sums[kind] = sums.get(kind, 0.0) + part
-        self.rows.append({"method": "split", "path": "the limit's policy", "at": 0, "accuracy": got, "kl": sum(sums.values()),
-                          "split": {k: round(v, 5) for k, v in sums.items()}})
-
-
-def token_kinds(text: str, first_wrong: int) -> list[str]:
-    """For every character of a completion, and its end: what is written there, and whether the chain was still right.
-
-    "sum, carry": a digit of a step's sum whose units carry, where the base's habit strikes.
-    """
-    kinds = []
-    for line in text.splitlines(keepends=True):
-        step = re.match(r"(\d+)\+(\d+)=", line)
-        carry = bool(step) and int(step[1]) % 10 + int(step[2]) % 10 >= 10
-        for i, character in enumerate(line):
-            if step and i >= step.end() and character.isdigit():
-                kinds.append("sum, carry" if carry else "sum, no carry")
-            else:
-                kinds.append("copied digit" if character.isdigit() else "structure")
-    kinds.append("end")
-    return [f"{kind}, {'right so far' if t <= first_wrong else 'already wrong'}" for t, kind in enumerate(kinds)]
 
 
 def auroc(score: Tensor, positive: Tensor) -> float:
@@ -502,8 +399,7 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
             plan[f"logits: {loss}"] = partial(bench.steps_back, loss, "logits")
     if stage.everything:
         plan |= {"faster explorer": bench.faster, "temperature": bench.temperatures, "control": bench.control,
-                 "teachers": bench.teachers, "landing": bench.landing, "split": bench.split,
-                 "rounds": partial(bench.rounds, config.kl_budget),
+                 "teachers": bench.teachers, "landing": bench.landing, "rounds": partial(bench.rounds, config.kl_budget),
                  "after grpo": partial(bench.after_grpo, config.kl_budget),
                  "small rounds": partial(bench.rounds, BUDGETS[2], "erpd small rounds"),
                  "small after grpo": partial(bench.after_grpo, BUDGETS[1], "grpo, then a little erpd")}
@@ -517,7 +413,7 @@ def run_stage(stage: Stage, results: Path, folder: Path, told: Callable[[str], N
     for name, work in jobs(bench).items():
         if not any(row["job"] == name for row in done):
             before = len(bench.rows)
-            with erpd.autocast(stage.config, bench.base.device):
+            with rollout.autocast(stage.config.precision, bench.base.device):
                 work()
             settings = {"problems": stage.config.problems, "group": stage.config.group, "operands": stage.config.operands,
                         "carries": list(stage.carries), "model": Path(stage.config.model).name,
