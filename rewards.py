@@ -20,13 +20,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 class InputError(ValueError):
     """A mistake in what the user gave. The message is one line that names the value and the way out."""
 
 
-# --- Problems ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- problems
 
 # Short name -> (hub path, config, {our split: the publisher's split}).
 SHORT_NAMES = {
@@ -48,12 +49,12 @@ class Problem:
     answer: str
 
 
-def chain_split(question):
+def chain_split(question: str) -> str:
     """"train" or "test" (about one in four), decided by the text alone: no seed moves a problem across."""
     return "test" if hashlib.sha256(question.strip().encode()).digest()[0] < 64 else "train"
 
 
-def chain_problems(count, split, operands=4, seed=0):
+def chain_problems(count: int, split: str, operands: int = 4, seed: int = 0) -> list[Problem]:
     """`count` different sums of `operands` two-digit numbers, such as Problem("37+48+25+96=", "206").
 
     The same arguments give the same list. Raises InputError for an unknown split and for more than there is room for.
@@ -73,7 +74,9 @@ def chain_problems(count, split, operands=4, seed=0):
     return list(problems.values())
 
 
-def load_problems(source, split, count=None, seed=0, operands=4, question_field=None, answer_field=None, divide=True):
+def load_problems(source: str, split: str, count: int | None = None, seed: int = 0, operands: int = 4,
+                  question_field: str | None = None, answer_field: str | None = None,
+                  divide: bool = True) -> list[Problem]:
     """Problems of `split` ("train", "test", or "all" of a data set): a list of Problem.
 
     source: "chain"; a short name (SHORT_NAMES); a .jsonl or .parquet file; or a hub id, "owner/name[:config]".
@@ -108,7 +111,7 @@ def load_problems(source, split, count=None, seed=0, operands=4, question_field=
     return [problems[n] for n in chosen]
 
 
-def load_rows(source, split):
+def load_rows(source: str, split: str) -> tuple[list[dict], bool]:
     """The rows (dicts) of the split, True; but all rows, False, if the source has a single split, yet to be divided."""
     if source.endswith((".jsonl", ".parquet")) and not Path(source).is_file():
         raise InputError(f"no such file: {source}")
@@ -137,7 +140,7 @@ def load_rows(source, split):
     return list(splits[name]), True
 
 
-def read_jsonl(path):
+def read_jsonl(path: str) -> list[dict]:
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         try:
@@ -149,7 +152,7 @@ def read_jsonl(path):
     return rows
 
 
-def row_problem(row, where, question_field, answer_field):
+def row_problem(row: dict, where: str, question_field: str | None, answer_field: str | None) -> Problem:
     """The Problem in a row; `where` names the row in errors."""
     names = {name.lower(): name for name in row}
     values = []
@@ -172,7 +175,43 @@ def row_problem(row, where, question_field, answer_field):
     return Problem(question, gold.rpartition("####")[2].strip() if "####" in gold else last_box(gold) or gold.strip())
 
 
-# --- Extracting: from a completion to the text of its answer ----------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- rewards and advantages
+
+def reward(completion: str, gold: str) -> float:
+    """1.0 if the answer in the completion's text is right, else 0.0: also where there is none or it can't be read."""
+    return float(is_correct(extract_answer(completion), gold))
+
+
+def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tensor:
+    """Advantage of each completion over the others of its prompt: [B], with the rewards' device and dtype.
+
+    rewards: [B] float. groups: [B] long, equal for completions of the same prompt, in any order.
+    kind: "std"   (r − mean) / std, with the population std (divided by G) (GRPO, arXiv 2402.03300);
+          "mean"  r − mean (Dr. GRPO, arXiv 2503.20783);
+          "loo"   r − mean of the others, which is (r − mean)·G/(G − 1) (RLOO, arXiv 2402.14740).
+    A group of equal rewards, so also a group of one, gets exactly 0. Raises InputError for an unknown kind.
+    """
+    if kind not in ("std", "mean", "loo"):
+        raise InputError(f"unknown advantage {kind!r}: use std, mean or loo")
+    group = torch.unique(groups, return_inverse=True)[1]
+    r = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    zeros = r.new_zeros(int(group.max()) + 1 if len(group) else 0)
+    size = zeros.index_add(0, group, torch.ones_like(r))
+    centred = r - (zeros.index_add(0, group, r) / size)[group]
+    low, high = (zeros.scatter_reduce(0, group, r, how, include_self=False) for how in ("amin", "amax"))
+    equal = (low == high)[group]  # asked of the rewards: a computed std may be rounding noise instead of 0
+    if kind == "std":
+        centred = centred / (zeros.index_add(0, group, centred ** 2) / size).sqrt()[group]
+    elif kind == "loo":
+        centred = centred * (size / (size - 1))[group]
+    return torch.where(equal, 0.0, centred).to(rewards.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# The reader of maths. The algorithm needs nothing below: only `extract_answer` and `is_correct`, which `reward` calls.
+
+# -------------------------------------------------------------- extracting: from a completion to the text of its answer
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([^\s{}$]+))")
 STATEMENT = re.compile(r"\banswer\s{0,3}\**\s?(?:is|:|=)[\s:*=]{0,10}", re.IGNORECASE)
@@ -181,7 +220,7 @@ FORMULA = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]")
 NUMBER = re.compile(r"(?:(?<![\w)}])[-−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\\?%)?")
 
 
-def extract_answer(text):
+def extract_answer(text: str) -> str | None:
     """The answer that a completion states in its last 10,000 characters, as text, or None.
 
     In this order: the last balanced \\boxed{…} or \\fbox{…}; the last `#### …`; the last "the answer is …" or
@@ -214,7 +253,7 @@ def extract_answer(text):
     return next(filter(is_formula, candidates), words or None)
 
 
-def last_box(text):
+def last_box(text: str) -> str | None:
     """Inside of the last whole box, "" if there is none but an unclosed one, None without either."""
     unclosed = None
     for box in reversed(list(BOX.finditer(text))[-20:]):
@@ -232,25 +271,27 @@ def last_box(text):
     return unclosed
 
 
-def is_formula(text):
+def is_formula(text: str) -> bool:
     try:
         return operation(read(text)) != "text"
     except InputError:
         return False
 
 
-# --- Reading: from text to an expression tree -------------------------------------------------------------------------
-#
+# ----------------------------------------------------------------------------- reading: from text to an expression tree
+
 # A tree is a Fraction, the name of a symbol, or a tuple (operation, *arguments). No text can cost much: its length, the
 # depth of nesting, the items to match in any order and the size of exact numbers are limited.
 
+Tree = Fraction | str | tuple
+Number = Fraction | float | complex
 MAX_LENGTH = 500  # characters of an answer
 MAX_DEPTH = 24  # brackets, fractions, roots and exponents in one another
 MAX_ITEMS = 32  # of a set
 MAX_BITS = 2048  # of a numerator or denominator
 
 
-def invert(table):
+def invert(table: dict[str, str]) -> dict[str, str]:
     return {name: sign for sign, names in table.items() for name in names.split()}
 
 
@@ -277,7 +318,7 @@ TOKEN = re.compile(r"""(\d+_(?:\d+|\{\d+\})|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?
                        | (\\?[A-Za-z]+)(?:_(\w|\{[^{}]*\}))? | (\*\*|<=|>=|\\[{}]|\S)""", re.VERBOSE)
 
 
-def clean(text):
+def clean(text: str) -> str:
     """The text with LaTeX's and Unicode's variants in one spelling, and the words of \\text{…} in double quotes."""
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda power: "^{" + power[0] + "}", text.translate(CHARACTERS))
@@ -302,20 +343,20 @@ def clean(text):
     return re.sub(r'^\s*(?:[A-Za-z]\s*\([a-z]\)\s*=|[A-Za-z]\s*∈|"[^"]*"\s*[=:]|"\([A-E]\)")', "", text).strip()
 
 
-def quote(command):
+def quote(command: re.Match) -> str:
     words = command[1].strip().replace("\\", "")
     symbol = command[0].startswith(r"\mathrm") and len(words) == 1
     formula = symbol or words in WORDS or "\\" + words in FUNCTIONS or re.search(r"\d", words)  # 5\text{ or 7} is no 5
     return f" {words} " if formula else f' "{words}" '
 
 
-def mixed(match):
+def mixed(match: re.Match) -> str:
     """1\\frac{4}{5} and 1 4/5 are sums; with an improper fraction it is a product."""
     whole, top, bottom = match[1], match[2] or match[4], match[3] or match[5]
     return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
 
-def tokens(text):
+def tokens(text: str) -> list[str]:
     """Strings, each of a kind that its first character tells: a number, a letter, a "word", a \\command, or a sign."""
     found = []
     for number, words, name, low, sign in TOKEN.findall(text):
@@ -340,11 +381,11 @@ def tokens(text):
 class Reader:
     """Recursive descent over the tokens of an answer; ± stands for `sign`, 1 or −1. Raises ValueError."""
 
-    def __init__(self, found, sign):
+    def __init__(self, found: list[str], sign: int):
         self.tokens, self.at, self.depth = [*found, "", "", ""], 0, 0
         self.signs = {"+": 1, "-": -1, "±": sign, "∓": -sign}
 
-    def take(self, wanted):
+    def take(self, wanted: str) -> bool:
         """The next token, moving past it, if it is one of those wanted; else ""."""
         token = self.tokens[self.at]
         if not token or token not in wanted:
@@ -352,7 +393,7 @@ class Reader:
         self.at += 1
         return token
 
-    def items(self, closing):
+    def items(self, closing: tuple[str, ...]) -> list[Tree]:
         """Items between commas, up to the closing token."""
         items = [self.item()]
         while self.take(",∪"):
@@ -363,7 +404,7 @@ class Reader:
         self.at += 1
         return items
 
-    def item(self):
+    def item(self) -> Tree:
         """A formula, or a statement about one: x = 5, 1 < x ≤ 2."""
         sides, signs = [self.formula()], []
         while sign := self.take("=<>≤≥"):
@@ -371,7 +412,7 @@ class Reader:
             sides.append(self.formula())
         return statement(sides, signs) if signs else sides[0]
 
-    def formula(self, level=1):
+    def formula(self, level: int = 1) -> Tree:
         """A sum and its unit (level 1), a product (2), a product without signs (3), a signed power (4), an atom (5)."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -403,14 +444,14 @@ class Reader:
         self.depth -= 1
         return node
 
-    def multiplies(self):
+    def multiplies(self) -> bool:
         """Whether the next token begins a factor: 2x, 3(4), 5√2, but not 2 3."""
         token, before = self.tokens[self.at], self.tokens[self.at - 1]
         if token[:1].isdigit() and before[:1].isdigit():
             raise ValueError("two numbers side by side")
         return token[:1].isalnum() or token == "∞" or token in CLOSING or (token[:1] == "\\" and token != r"\}")
 
-    def atom(self):
+    def atom(self) -> Tree:
         token = self.tokens[self.at]
         self.at += 1
         if token[:1].isdigit():
@@ -433,7 +474,7 @@ class Reader:
             return self.function(token)
         raise ValueError(f"unexpected {token or 'end'!r}")
 
-    def function(self, name):
+    def function(self, name: str) -> Tree:
         base = self.formula(5) if self.take("_") else None
         exponent = self.formula(5) if self.take("^") else None
         if exponent == -1 and "\\arc" + name[1:] in FUNCTIONS:
@@ -445,7 +486,7 @@ class Reader:
         return node if exponent is None else ("^", node, exponent)
 
 
-def number(token):
+def number(token: str) -> Tree:
     digits, _, base = token.partition("_")
     mantissa, _, exponent = digits.lower().partition("e")
     if len(exponent) > 4:
@@ -456,22 +497,22 @@ def number(token):
     return ("base", Fraction(digits), Fraction(base)) if base else Fraction(digits)
 
 
-def operation(node):
+def operation(node: Tree) -> str:
     return node[0] if isinstance(node, tuple) else ""
 
 
-def join(sign, left, right):
+def join(sign: str, left: Tree, right: Tree) -> Tree:
     """A sum or product with one more term: flat, so that its depth does not grow with its length."""
     return (sign, *(left[1:] if operation(left) == sign else [left]), right)
 
 
-def negative(node):
+def negative(node: Tree) -> Tree:
     if operation(node) == "decimal":
         return ("decimal", -node[1], node[2])
     return -node if isinstance(node, Fraction) else ("*", Fraction(-1), node)
 
 
-def unordered(items):
+def unordered(items: list[Tree]) -> Tree:
     if len(items) == 1:
         return items[0]
     if len(items) > MAX_ITEMS or any(operation(item) == "set" for item in items):
@@ -479,7 +520,7 @@ def unordered(items):
     return ("set", *items)
 
 
-def statement(sides, signs):
+def statement(sides: list[Tree], signs: list[str]) -> Tree:
     """What a chain of relations says: a formula, ("=", name, value), an equation ("=", left, right), or an interval."""
     if set(signs) <= set(">≥"):
         sides, signs = sides[::-1], ["<≤"[sign == "≥"] for sign in reversed(signs)]
@@ -499,7 +540,7 @@ def statement(sides, signs):
 
 
 @lru_cache(maxsize=4096)
-def read(text):
+def read(text: str) -> Tree:
     """The expression tree of an answer; words, and formulas beyond this reader, are ("text", …), equal to itself.
 
     Raises InputError for what is too long or unbalanced, and for numbers that are undefined, as 1/0, or too large.
@@ -524,18 +565,18 @@ def read(text):
         raise InputError(str(error)) from None
 
 
-def as_words(cleaned):
+def as_words(cleaned: str) -> str:
     text = re.sub(r"[\s\"]", "", cleaned)
     return text.strip("{}").lower() if re.fullmatch("[A-Za-z.,'{}-]*", text) else text
 
 
-# --- Judging: equality of meaning -------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- judging: equality of meaning
 
 CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}
 STRUCTURES = ("set", "=", "text", "()", "[]", "(]", "[)", "⟨⟩", "⟦⟧")  # all other trees have a number for their value
 
 
-def is_correct(prediction, gold):
+def is_correct(prediction: str | None, gold: str) -> bool:
     """Whether an extracted answer (or None) means the same as the gold answer; False if either cannot be read."""
     try:
         a, b = read(prediction or ""), read(gold)
@@ -545,12 +586,7 @@ def is_correct(prediction, gold):
         return False
 
 
-def reward(completion, gold):
-    """1.0 if the answer in the completion's text is right, else 0.0: also where there is none or it can't be read."""
-    return float(is_correct(extract_answer(completion), gold))
-
-
-def same(a, b):
+def same(a: Tree, b: Tree) -> bool:
     """Whether two trees mean the same. A name is optional: x = 5 and 5 are the same, x = 5 and y = 5 are not."""
     if operation(a) == operation(b) == "=" and a[1] != b[1]:  # multiples of each other, as 2x = 10 and x = 5?
         a2, a3, b2, b3 = [value(left, at) - value(right, at) for _, left, right in (a, b) for at in (2, 3)]
@@ -573,7 +609,7 @@ def same(a, b):
     return True
 
 
-def equal(a, b):
+def equal(a: Tree, b: Tree) -> bool:
     """Whether two formulas have the same value everywhere, with the licences of school mathematics.
 
     They are compared exactly at two integer points if rational there, else in double precision at two complex points.
@@ -602,24 +638,24 @@ def equal(a, b):
     return all(close(value(a, point), value(b, point)) for point in (2, 3))
 
 
-def close(x, y):
+def close(x: Number, y: Number) -> bool:
     """Rational numbers must be identical, others may differ by the rounding of doubles: 1e-11, relative."""
     if x == y or math.inf in (x, y) or -math.inf in (x, y) or (isinstance(x, Fraction) and isinstance(y, Fraction)):
         return x == y
     return abs(complex(x) - complex(y)) <= 1e-11 * max(abs(complex(x)), abs(complex(y)), 1e-4)
 
 
-def evaluate(node, point):
+def value_at(node: Tree, point: int) -> Number:
     """Value of a formula at a point: a Fraction if all in it is rational, else complex or float."""
     if isinstance(node, Fraction):
         return node
     if isinstance(node, str):
-        return CONSTANTS[node] if node in CONSTANTS else sample(node, point)
+        return CONSTANTS[node] if node in CONSTANTS else variable_at(node, point)
     if node == negative("∞"):
         return -math.inf
     if node[0] in STRUCTURES:
         raise ValueError("a list or a statement within a formula")
-    x, *more = [evaluate(argument, point) for argument in node[1:]]
+    x, *more = [value_at(argument, point) for argument in node[1:]]
     if node[0] not in ("+", "*"):
         return bounded(OPERATIONS[node[0]](x, *more))
     for y in more:
@@ -627,11 +663,11 @@ def evaluate(node, point):
     return x
 
 
-value = lru_cache(maxsize=4096)(evaluate)  # of whole trees: within them, hashing would cost more than computing
+value = lru_cache(maxsize=4096)(value_at)  # of whole trees: within them, hashing would cost more than computing
 
 
 @lru_cache(maxsize=4096)
-def sample(name, point):
+def variable_at(name: str, point: int) -> Number:
     """A variable's value at one of four fixed random points: integers at 0 and 1, complex numbers at 2 and 3.
 
     The complex numbers lie near 1, where √(ab) = √a√b and log(ab) = log a + log b hold as they do for positive numbers,
@@ -643,7 +679,7 @@ def sample(name, point):
     return cmath.rect(rng.uniform(0.9, 1.1), rng.uniform(0.2, 0.5) * rng.choice((1, -1)))
 
 
-def bounded(x):
+def bounded(x: Number) -> Number:
     if isinstance(x, Fraction):
         if max(x.numerator.bit_length(), x.denominator.bit_length()) > MAX_BITS:
             raise OverflowError("too large")
@@ -652,7 +688,7 @@ def bounded(x):
     return x
 
 
-def power(x, y):
+def power(x: Number, y: Number) -> Number:
     """x^y, exact for an integer exponent; the real root for an odd root of a negative number."""
     if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
         return complex(x) ** complex(y)
@@ -665,7 +701,7 @@ def power(x, y):
     return complex(x) ** complex(y)
 
 
-def natural(x, limit):
+def natural(x: Number, limit: int) -> int:
     if not isinstance(x, Fraction) or x.denominator != 1 or not 0 <= x <= limit:
         raise ValueError("not a natural number, or too large")
     return int(x)
@@ -678,39 +714,11 @@ OPERATIONS = FUNCTIONS | {
     "decimal": lambda x, last: x, "base": lambda digits, base: digits, "unit": lambda x, exponent: x}
 
 
-# --- Advantages -------------------------------------------------------------------------------------------------------
-
-
-def group_advantages(rewards, groups, kind="std"):
-    """Advantage of each completion over the others of its prompt: [B], with the rewards' device and dtype.
-
-    rewards: [B] float. groups: [B] long, equal for completions of the same prompt, in any order.
-    kind: "std"   (r − mean) / std, with the population std (divided by G) (GRPO, arXiv 2402.03300);
-          "mean"  r − mean (Dr. GRPO, arXiv 2503.20783);
-          "loo"   r − mean of the others, which is (r − mean)·G/(G − 1) (RLOO, arXiv 2402.14740).
-    A group of equal rewards, so also a group of one, gets exactly 0. Raises InputError for an unknown kind.
-    """
-    if kind not in ("std", "mean", "loo"):
-        raise InputError(f"unknown advantage {kind!r}: use std, mean or loo")
-    group = torch.unique(groups, return_inverse=True)[1]
-    r = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-    zeros = r.new_zeros(int(group.max()) + 1 if len(group) else 0)
-    size = zeros.index_add(0, group, torch.ones_like(r))
-    centred = r - (zeros.index_add(0, group, r) / size)[group]
-    low, high = (zeros.scatter_reduce(0, group, r, how, include_self=False) for how in ("amin", "amax"))
-    equal = (low == high)[group]  # asked of the rewards: a computed std may be rounding noise instead of 0
-    if kind == "std":
-        centred = centred / (zeros.index_add(0, group, centred ** 2) / size).sqrt()[group]
-    elif kind == "loo":
-        centred = centred * (size / (size - 1))[group]
-    return torch.where(equal, 0.0, centred).to(rewards.dtype)
-
-
-def show(node):
+def show(node: Tree) -> str:
     return f"{node[0]}({', '.join(map(show, node[1:]))})" if isinstance(node, tuple) else str(node)
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     if len(arguments) != 2:
         raise InputError('usage: python rewards.py "completion or answer" "gold answer"')
     answer, gold = extract_answer(arguments[0]), arguments[1]

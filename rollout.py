@@ -294,7 +294,10 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     position = torch.arange(width) - (width - prompt_length)[:, None]
     attention, position = attention.long().to(device), position.clamp(min=0).to(device)
 
-    output = model(input_ids=left_padded, attention_mask=attention[:, :width], position_ids=position, use_cache=True,
+    def mask(columns: int) -> Tensor | None:  # where nothing is padded, none: transformers would wait to see that
+        return attention[:, :columns] if prompt_length.min() < width else None
+
+    output = model(input_ids=left_padded, attention_mask=mask(width), position_ids=position, use_cache=True,
                    logits_to_keep=1)
     row = torch.arange(total, device=device)  # the samples that are still going
     prompt_of = row // group
@@ -317,7 +320,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
                 row, token, attention, position, going = (x[kept] for x in (row, token, attention, position, going))
                 cache.reorder_cache(kept)
         if t < max_new_tokens - 1:
-            logits = model(input_ids=token[:, None], attention_mask=attention[:, :width + t + 1], use_cache=True,
+            logits = model(input_ids=token[:, None], attention_mask=mask(width + t + 1), use_cache=True,
                            position_ids=position + t + 1, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
     tokens, log_probs = tokens.cpu(), log_probs.cpu()

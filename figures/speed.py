@@ -1,38 +1,31 @@
-"""What the sampler and the log-probs cost, beside what one would write without them.
+"""What the sampler, the log-probs and a training pass cost, beside what one would write with transformers alone.
 
     python figures/speed.py                          # the embedded policy and the output layer
     python figures/speed.py --model path/to/SmolLM2-135M-Instruct      # and the rows that need a language model
 
-Times are medians of five or more repetitions, with the two alternatives taken in turn in one process: on a shared
-machine only the ratios mean anything; the table has the smallest and the largest of the pairs, too. Memory is measured
-in processes of their own, as the peak over what was there before; the table has it without the gradient of the output
-embedding, which comes out whole in any case (speed.json has both). The last row runs `python erpd.py` as it was at an
-earlier commit, from this repository's history.
+Times are medians of five repetitions with the two alternatives in turn in one process: on a shared machine only the
+ratios mean anything, and the table has the smallest and the largest pair, too. Memory is measured in processes of
+their own, over what the inputs take and without the output embedding's own gradient, which both sides end up with.
 
-The other panels say how time and memory of one job, sampling and a training step, grow when its group, its completions,
-its vocabulary or its layers are doubled and doubled again. Memory follows `tokens_per_step` and not the group or the
-completions once a step is full, and the vocabulary only by its weights. Time grows with the completions a little faster
-than they do: each token attends to all before it.
+A GPU waits for launches where models are small, and for every synchronisation (`nonzero`, `unique`, `.item()`, a
+boolean mask). Both are counted, on any machine: operations that compute something, and not views of tensors.
 """
 
 import argparse
-import io
+import copy
 import json
 import re
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-import transformers
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -45,21 +38,37 @@ EMBEDDED = str(HERE.parent / "tutorial" / "tiny_base")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAME = "speed-cuda" if DEVICE == "cuda" else "speed"
 RESULTS, PICTURE = HERE / "results" / f"{NAME}.json", HERE / f"{NAME}.png"
-BEFORE = "32b9e82"  # the first version that was complete, with nothing in it made fast
 TOKENS, WIDTH, VOCABULARY = 2048, 1024, 151936  # the output layer of Qwen3-0.6B
-JOB = {"group": 8, "completion": 32, "vocabulary": 8192, "layers": 4}
 SUMS = [f"What is {a} + {b}?" for a, b in ((7, 5), (3, 4), (9, 8), (2, 6), (5, 5), (8, 1), (4, 7), (6, 9))]
+RAGGED = ["What is 7 + 5?", "What is the sum of the two numbers 7 and 5?"] * 4
+VIEWS = set("""view _unsafe_view reshape _reshape_alias permute transpose t slice select unsqueeze squeeze expand detach
+               alias as_strided split unbind split_with_sizes chunk narrow movedim unflatten diagonal lift_fresh
+               empty empty_like empty_strided new_empty""".split())
+WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "equal"}
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------------------------- measuring
 
-def seconds(work: Callable) -> tuple[float, float]:
-    """(wall time, what `work` returns: how many tokens it dealt with)."""
-    start = time.perf_counter()
-    tokens = work()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, tokens
+class Count(TorchDispatchMode):
+    """Counts the operations that run inside it, without views, and those for which the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.waits = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name.split("::")[1]
+        self.operations += name not in VIEWS
+        self.waits += name in WAITS or name.startswith("index") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in (args[1] if len(args) > 1 else None) or ()
+            if isinstance(args[1], (list, tuple)))
+        return operation(*args, **(kwargs or {}))
+
+
+def counted(work: Callable) -> tuple[int, int]:
+    with Count() as count:
+        work()
+    return count.operations, count.waits
 
 
 def in_turn(ours: Callable, theirs: Callable, repetitions: int = 5) -> dict:
@@ -67,8 +76,11 @@ def in_turn(ours: Callable, theirs: Callable, repetitions: int = 5) -> dict:
     rates: dict[str, list[float]] = {"ours": [], "theirs": []}
     for repetition in tqdm(range(repetitions + 1), leave=False):
         for name, work in (("ours", ours), ("theirs", theirs)):
-            spent, tokens = seconds(work)
-            rates[name] += [tokens / spent] if repetition else []
+            start = time.perf_counter()
+            tokens = work()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            rates[name] += [tokens / (time.perf_counter() - start)] if repetition else []
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {**medians, "unit": "tokens/s", "ratio": medians["ours"] / medians["theirs"], "all": rates}
 
@@ -81,19 +93,13 @@ def peak() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def in_a_process(name: str, **settings) -> dict:
-    """What `python speed.py --alone NAME` prints: a measurement that no earlier one has touched."""
-    command = [sys.executable, __file__, "--alone", name, "--settings", json.dumps(settings)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def memory(name: str, tokens: int) -> dict:
-    """The most memory over the inputs, MiB, without and with the embedding's own gradient, which both end up with."""
-    ours, theirs, our_total, their_total = (
-        in_a_process(f"{who}_{name}", tokens=tokens, with_weight=with_weight)["bytes"] / 2**20
-        for with_weight in (False, True) for who in ("our", "naive"))
-    return {"ours": ours, "theirs": theirs, "unit": "MiB", "ratio": theirs / ours,
-            "with the weight's gradient": {"ours": our_total, "theirs": their_total, "ratio": their_total / our_total}}
+    """The most memory over the inputs, MiB; each side in a process that no earlier measurement has touched."""
+    peaks = {}
+    for who in ("ours", "theirs"):
+        command = [sys.executable, __file__, "--alone", json.dumps([name, who, tokens])]
+        peaks[who] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 2**20
+    return {**peaks, "unit": "MiB", "ratio": peaks["theirs"] / peaks["ours"]}
 
 
 # ---------------------------------------------------------------------------------------------------- the output layer
@@ -106,251 +112,223 @@ def layer(tokens: int, seed: int = 0) -> tuple:
     return hidden, weight, torch.randint(VOCABULARY, (tokens,), device=DEVICE)
 
 
-def our_log_prob(hidden, weight, ids):
-    return kl.token_figures(hidden, kl.Head(weight), ids).log_prob
+LAYER = {
+    ("log_prob", "ours"): lambda h, w, y, _: kl.token_stats(h, w, y).log_prob,
+    ("log_prob", "theirs"): lambda h, w, y, _: (h @ w.T).log_softmax(-1).gather(1, y[:, None]),
+    ("kl", "ours"): lambda h, w, y, reference: kl.token_stats(h, w, y, reference=reference).kl,
+    ("kl", "theirs"): lambda h, w, y, reference: kl.exact_kl((h @ w.T).log_softmax(-1),
+                                                             (reference[0] @ reference[1].T).log_softmax(-1))}
 
 
-def naive_log_prob(hidden, weight, ids):
-    return (hidden @ weight.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
-
-
-def our_kl(hidden, weight, ids, reference):
-    return kl.token_figures(hidden, kl.Head(weight), ids, reference=(reference[0], kl.Head(reference[1]))).kl
-
-
-def naive_kl(hidden, weight, ids, reference):
-    return kl.exact_kl((hidden @ weight.T).log_softmax(-1), (reference[0] @ reference[1].T).log_softmax(-1))
-
-
-def peak_of_layer(name: str, tokens: int, with_weight: bool) -> dict:
-    """Forward and backward once: peak bytes over the inputs; gradients to both, or to the hidden states alone."""
-    inputs, work = layer(tokens), globals()[name]
-    inputs[1].requires_grad_(with_weight)
-    more = (tuple(x.detach() for x in layer(tokens, seed=2)[:2]),) if name.endswith("kl") else ()
+def alone(name: str, who: str, tokens: int) -> int:
+    """Forward and backward to the hidden states once: peak bytes over the inputs."""
+    hidden, weight, ids = layer(tokens)
+    reference = tuple(x.detach() for x in layer(tokens, seed=2)[:2]) if name == "kl" else None
     before = peak()
-    work(*inputs, *more).sum().backward()
-    return {"bytes": peak() - before}
-
-
-# ------------------------------------------------------------------------------------------ sampling, a training step
-
-def sampling(model, tokenizer, prompts: list[list[int]], group: int, max_new_tokens: int) -> dict:
-    """Tokens a second of `rollout.sample` and of transformers' `generate` on the same prompts at T = 1."""
-    stop = rollout.stop_ids(model, tokenizer)
-    width, pad = max(map(len, prompts)), stop[0]
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-
-    def ours() -> int:
-        return int(rollout.sample(model, prompts, group, max_new_tokens=max_new_tokens, temperature=1.0, stop=stop,
-                                  pad_id=pad, seed=0).length.sum())
-
-    @torch.no_grad()
-    def theirs() -> int:
-        torch.manual_seed(0)
-        rows = model.generate(ids, attention_mask=attention, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                              num_return_sequences=group, max_new_tokens=max_new_tokens, eos_token_id=stop,
-                              pad_token_id=pad)
-        ends = torch.isin(rows[:, width:], torch.tensor(stop, device=rows.device)).long()
-        return int((ends.cumsum(1) - ends == 0).sum())  # the end-of-sequence token counts, what follows it does not
-
-    return in_turn(ours, theirs)
-
-
-def training_step(model, batch: rollout.Rollouts) -> dict:
-    """Forward and backward of −mean log π over the completions, 2,048 tokens at a time, against transformers' logits and
-    log_softmax, 16 rows at a time.
-    """
-    pieces, sixteen = rollout.by_tokens(batch, 2048), torch.arange(len(batch)).split(16)
-    batch, tokens, in_all = batch.to(model.device), int(batch.length.sum()), int(batch.total_length.sum())
-
-    def ours() -> int:
-        for chosen in pieces:
-            part = batch.select(chosen)
-            log_probs = rollout.completion_figures(model, part).log_prob
-            kl.masked_mean(log_probs, part.mask, tokens).neg().backward()
-        return in_all
-
-    def theirs() -> int:
-        for chosen in sixteen:
-            part = batch.select(chosen)
-            attention = torch.arange(part.ids.shape[1] - 1, device=model.device) < part.total_length[:, None]
-            logits = model(input_ids=part.ids[:, :-1], attention_mask=attention, use_cache=False).logits
-            log_probs = logits.float().log_softmax(-1).gather(-1, part.ids[:, 1:, None])[..., 0]
-            log_probs = log_probs.gather(1, part.completion_positions - 1)
-            ((log_probs * part.mask).sum() / tokens).neg().backward()
-        return in_all
-
-    with torch.autocast(DEVICE, torch.bfloat16, DEVICE == "cuda", cache_enabled=False):  # as erpd.py trains
-        return in_turn(ours, theirs)
-
-
-def job(group: int, completion: int, vocabulary: int, layers: int) -> dict:
-    """Seconds (of three, the median) and peak bytes of sampling 16 prompts and of a training step on the samples."""
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
-    model = transformers.Qwen3ForCausalLM(config).to(DEVICE).eval()
-    before, prompts = peak(), torch.randint(vocabulary, (16, 16)).tolist()
-
-    def work() -> int:
-        batch = rollout.sample(model, prompts, group, max_new_tokens=completion, temperature=1.0, stop=[], pad_id=0, seed=0)
-        for rows in rollout.by_tokens(batch, 8192):
-            part = batch.select(rows).to(DEVICE)
-            kl.masked_mean(rollout.completion_figures(model, part).log_prob, part.mask).neg().backward()
-        return int(batch.length.sum())
-
-    times = [seconds(work)[0] for _ in range(4)]
-    return {"seconds": statistics.median(times[1:]), "bytes": peak() - before}
-
-
-# ------------------------------------------------------------------------------------------------------------ the table
-
-def embedded_sampling(folder: str) -> dict:
-    model, tokenizer = rollout.load_policy(folder, DEVICE)
-    prompts = [rollout.encode_prompt(tokenizer, p.question) for p in chain_problems(64, "train", operands=4, seed=0)]
-    return sampling(model.requires_grad_(False), tokenizer, prompts, 16, 64)
-
-
-def language_model_sampling(folder: str) -> dict:
-    model, tokenizer = rollout.load_policy(folder, DEVICE)
-    prompts = [rollout.encode_prompt(tokenizer, question) for question in SUMS]
-    return sampling(model.requires_grad_(False).to(torch.bfloat16), tokenizer, prompts, 8, 64)
-
-
-def full_step(folder: str, prompts: int, rows: int = 16, columns: int = 128, prompt: int = 38) -> dict:
-    """All rows equally long, no two completions alike, as many of each prompt: nothing is saved on padding or on copies."""
-    model = rollout.load_policy(folder, DEVICE)[0]
-    torch.manual_seed(0)
-    ids, other = torch.randint(model.config.vocab_size, (2, rows, columns))
-    ids[:, :prompt] = other[:prompts, :prompt].repeat_interleave(rows // prompts, 0)
-    lengths = [torch.full((rows,), n) for n in (prompt, columns - prompt)]
-    return training_step(model, rollout.Rollouts(ids, *lengths, torch.zeros(rows, columns - prompt), *torch.zeros(2, rows)))
-
-
-def sampled_step(folder: str, prompts: int) -> dict:
-    """Completions as the model samples them."""
-    model, tokenizer = rollout.load_policy(folder, DEVICE)
-    prompts = [rollout.encode_prompt(tokenizer, question) for question in SUMS[:prompts]]
-    stop = rollout.stop_ids(model, tokenizer)
-    return training_step(model, rollout.sample(model, prompts, 8, max_new_tokens=128 - len(prompts[0]), temperature=1.0,
-                                               stop=stop, pad_id=stop[0], seed=0))
-
-
-def default_run(_) -> dict:
-    """`python erpd.py` from start to end, beside that of `BEFORE`."""
-    def work(checkout: Path) -> int:
-        with TemporaryDirectory() as folder:
-            command = [sys.executable, checkout / "erpd.py", "--model", checkout / "tutorial" / "tiny_base"]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        return 3600
-
-    with TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "-C", HERE.parent, "archive", BEFORE], check=True, capture_output=True).stdout
-        tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")
-        return {**in_turn(lambda: work(HERE.parent), lambda: work(Path(folder))), "unit": "runs/h"}
+    LAYER[name, who](hidden, weight.detach(), ids, reference).sum().backward()
+    return peak() - before
 
 
 def time_of_layer(_) -> dict:
     inputs = layer(TOKENS)
 
-    def step(log_prob: Callable) -> int:
+    def step(who: str) -> int:
         inputs[0].grad = inputs[1].grad = None
-        log_prob(*inputs).sum().backward()
+        LAYER["log_prob", who](*inputs, None).sum().backward()
         return TOKENS
 
-    return in_turn(lambda: step(our_log_prob), lambda: step(naive_log_prob))
+    return in_turn(partial(step, "ours"), partial(step, "theirs"))
 
 
-# name: (what, against what, the goal, how it is measured from a model's folder)
+# ------------------------------------------------------------------------------------------- sampling, a training pass
+
+def samplers(model, tokenizer, prompts: list[list[int]], group: int) -> tuple[Callable, Callable]:
+    """`rollout.sample` and transformers' `generate` on the same prompts at T = 1, as functions of the new tokens."""
+    stop = rollout.stop_ids(model, tokenizer)
+    width, pad = max(map(len, prompts)), stop[0]
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+
+    def ours(new: int) -> int:
+        return int(rollout.sample(model, prompts, group, max_new_tokens=new, temperature=1.0, stop=stop, pad_id=pad,
+                                  seed=0).length.sum())
+
+    @torch.no_grad()
+    def theirs(new: int) -> int:
+        torch.manual_seed(0)
+        rows = model.generate(ids, attention_mask=attention, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                              num_return_sequences=group, max_new_tokens=new, eos_token_id=stop, pad_token_id=pad)
+        ends = torch.isin(rows[:, width:], torch.tensor(stop, device=rows.device)).long()
+        return int((ends.cumsum(1) - ends == 0).sum())  # the end-of-sequence token counts, what follows it does not
+
+    return ours, theirs
+
+
+def embedded(_) -> tuple:
+    model, tokenizer = rollout.load_policy(EMBEDDED, DEVICE)
+    prompts = [rollout.encode_prompt(tokenizer, p.question) for p in chain_problems(64, "train", operands=4, seed=0)]
+    return model.requires_grad_(False), tokenizer, prompts, 16
+
+
+def language(questions: list[str], folder: str) -> tuple:
+    model, tokenizer = rollout.load_policy(folder, DEVICE)
+    prompts = [rollout.encode_prompt(tokenizer, question) for question in questions]
+    return model.requires_grad_(False).to(torch.bfloat16), tokenizer, prompts, 8
+
+
+def sampling(policy: Callable, folder: str) -> dict:
+    ours, theirs = samplers(*policy(folder))
+    return in_turn(partial(ours, 64), partial(theirs, 64))
+
+
+def decoding(policy: Callable, folder: str) -> dict:
+    """Operations and waits of a token: the difference of 14 and 6 new tokens, before any row has ended."""
+    numbers = {}
+    for who, work in zip(("ours", "theirs"), samplers(*policy(folder))):
+        long, short = counted(partial(work, 14)), counted(partial(work, 6))
+        numbers[who], numbers[f"waits, {who}"] = ((a - b) / 8 for a, b in zip(long, short))
+    return {**numbers, "unit": "operations", "ratio": numbers["ours"] / numbers["theirs"]}
+
+
+def passes(model, batch: rollout.Rollouts, reference=None) -> tuple[Callable, Callable]:
+    """Forward and backward of the loss on all completions, 2,048 tokens at a time, and transformers' logits and
+    log_softmax, 16 rows at a time. The loss is −mean log π, and with a `reference` the KL to it, too.
+    """
+    tokens, in_all = int(batch.length.sum()), int(batch.total_length.sum())
+
+    def ours() -> int:
+        for rows in rollout.by_tokens(batch, 2048):
+            part = batch.select(rows)
+            stats, mask = rollout.completion_stats(model, part, reference=reference), part.mask.to(model.device)
+            loss = -stats.log_prob if reference is None else stats.kl - stats.log_prob
+            kl.masked_mean(loss, mask, tokens).backward()
+        return in_all
+
+    def theirs() -> int:
+        for rows in torch.arange(len(batch)).split(16):
+            part = batch.select(rows).to(model.device)
+            attention = torch.arange(part.ids.shape[1] - 1, device=model.device) < part.total_length[:, None]
+            inputs = {"input_ids": part.ids[:, :-1], "attention_mask": attention, "use_cache": False}
+            log_p = model(**inputs).logits.float().log_softmax(-1)
+            loss = -log_p.gather(-1, part.ids[:, 1:, None])[..., 0]
+            if reference is not None:
+                with torch.no_grad():
+                    log_q = reference(**inputs).logits.float().log_softmax(-1)
+                loss = loss + (log_p.exp() * (log_p - log_q)).sum(-1)
+            loss = loss.gather(1, part.completion_positions - 1)
+            ((loss * part.mask).sum() / tokens).backward()
+        return in_all
+
+    return ours, theirs
+
+
+def random_batch(model, prompts: int, rows: int = 16, columns: int = 128, prompt: int = 38) -> rollout.Rollouts:
+    """All rows equally long, no two alike, as many of each prompt: nothing is saved on padding or on copies."""
+    torch.manual_seed(0)
+    ids, other = torch.randint(model.config.vocab_size, (2, rows, columns))
+    ids[:, :prompt] = other[:prompts, :prompt].repeat_interleave(rows // prompts, 0)
+    lengths = [torch.full((rows,), n) for n in (prompt, columns - prompt)]
+    return rollout.Rollouts(ids, *lengths, torch.zeros(rows, columns - prompt), *torch.zeros(2, rows))
+
+
+def sampled_batch(model, tokenizer, prompts: list[list[int]], group: int, new: int) -> rollout.Rollouts:
+    stop = rollout.stop_ids(model, tokenizer)
+    return rollout.sample(model, prompts, group, max_new_tokens=new, temperature=1.0, stop=stop, pad_id=stop[0], seed=0)
+
+
+def training(prompts: int | None, folder: str) -> dict:
+    """SmolLM2's step, in turn: random rows of so many prompts, or 2 × 8 completions as it samples them."""
+    model, tokenizer = rollout.load_policy(folder, DEVICE)
+    two = [rollout.encode_prompt(tokenizer, question) for question in SUMS[:2]]
+    batch = random_batch(model, prompts) if prompts else sampled_batch(model, tokenizer, two, 8, 90)
+    with rollout.autocast("auto", model.device):  # as erpd.py trains
+        return in_turn(*passes(model, batch))
+
+
+def operations_of_a_pass(policy: Callable, folder: str) -> dict:
+    """One pass with exact KL to a reference, on rows no two of which are alike."""
+    model, tokenizer, prompts, group = policy(folder)
+    reference, model = model.float(), copy.deepcopy(model).float().requires_grad_(True)
+    batch = sampled_batch(reference, tokenizer, prompts[:2], group, 64)
+    numbers = {}
+    for who, work in zip(("ours", "theirs"), passes(model, batch.select(batch.distinct()[0][:16]), reference)):
+        work()  # what is looked up once is looked up
+        numbers[who], numbers[f"waits, {who}"] = counted(work)
+    return {**numbers, "unit": "operations", "ratio": numbers["ours"] / numbers["theirs"]}
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+# name: (what, beside what, the goal, how it is measured from a model's folder); "at most" goals are of operations.
 ROWS = {
-    "embedded": ("sampling, embedded policy, 64 × 16", "model.generate", 2, lambda _: embedded_sampling(EMBEDDED)),
-    "sampling": ("sampling, SmolLM2-135M bf16, 8 × 8", "model.generate", 1.5, language_model_sampling),
-    "step": ("a training step, SmolLM2-135M, 2 prompts × 8", "transformers' logits, log_softmax", 1.3,
-             partial(full_step, prompts=2)),
-    "apart": ("the same, 16 prompts × 1", "transformers' logits, log_softmax", 1.3, partial(full_step, prompts=16)),
-    "sampled": ("the same, 2 × 8 as they are sampled", "transformers' logits, log_softmax", 1.3,
-                partial(sampled_step, prompts=2)),
-    "update": ("the same, 8 × 8 as they are sampled", "transformers, 16 rows at a time", 1.3, partial(sampled_step, prompts=8)),
-    "time": (f"log-prob + backward, {TOKENS} tokens: time", "log_softmax over full logits", 1, time_of_layer),
-    "memory": (f"log-prob + backward, {TOKENS} tokens: memory", "log_softmax over full logits", 12,
+    "embedded": ("sampling, embedded policy, 64 × 16", "generate", 1.3, partial(sampling, embedded)),
+    "decoding": ("a decoding step, embedded policy", "generate", 1.1, partial(decoding, embedded)),
+    "pass": ("a training pass with exact KL, embedded policy", "logits, log_softmax", 1.2,
+             partial(operations_of_a_pass, embedded)),
+    "time": (f"log-prob + backward, {TOKENS} tokens: time", "log_softmax over full logits", 0.8, time_of_layer),
+    "memory": (f"log-prob + backward, {TOKENS} tokens: memory", "log_softmax over full logits", 8,
                lambda _: memory("log_prob", TOKENS)),
-    "kl": (f"exact KL + backward, {TOKENS // 2} tokens: memory", "full logits of both", 12,
+    "kl": (f"exact KL + backward, {TOKENS // 2} tokens: memory", "full logits of both", 8,
            lambda _: memory("kl", TOKENS // 2)),
-    "run": ("python erpd.py, wall time", f"commit {BEFORE}", 2, default_run),
+    "sampling, SmolLM2": ("sampling, SmolLM2-135M bf16, 8 × 8", "generate", 1.3, partial(sampling, partial(language, SUMS))),
+    "decoding, SmolLM2": ("a decoding step, SmolLM2", "generate", 1.1, partial(decoding, partial(language, SUMS))),
+    "ragged, SmolLM2": ("the same, prompts of two lengths", "generate", 1.1, partial(decoding, partial(language, RAGGED))),
+    "pass, SmolLM2": ("a training pass with exact KL, SmolLM2", "logits, log_softmax", 1.2,
+                      partial(operations_of_a_pass, partial(language, SUMS))),
+    "step, SmolLM2": ("a training step, SmolLM2, 2 prompts × 8 of 128 tokens", "logits, log_softmax", 1.1, partial(training, 2)),
+    "apart, SmolLM2": ("the same, 16 prompts × 1", "logits, log_softmax", 1.1, partial(training, 16)),
+    "sampled, SmolLM2": ("the same, 2 × 8 as they are sampled", "logits, log_softmax", 1.1, partial(training, None)),
 }
 
 
-def record(part: str, name: str, value) -> dict:
-    """Everything that has been measured; with this, which replaces an earlier one."""
-    measured = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "growth": {}}
-    measured[part][name] = value
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(measured, indent=1) + "\n")
-    return measured
-
-
 def line(row: dict) -> str:
+    """A row of the table: the ratio, its range over the pairs, and what was measured of either side."""
     pairs = [ours / theirs for ours, theirs in zip(*row["all"].values())] if "all" in row else []
-    return (f"{row['what']:48} {row['ours']:10.1f} against {row['theirs']:10.1f} {row['unit']:8} ({row['against']}): "
-            f"{row['ratio']:5.2f}×{f' ({min(pairs):.2f} – {max(pairs):.2f})' if pairs else ''}, goal {row['goal']}×")
+    around = f" ({min(pairs):.2f} – {max(pairs):.2f})" if pairs else ""
+    waits = f", waits {row['waits, ours']:g} and {row['waits, theirs']:g}" if "waits, ours" in row else ""
+    asked = "at most" if row["unit"] == "operations" else "at least"
+    return (f"{row['what']:55} {row['ratio']:6.2f}×{around:18} {asked} {row['goal']}×   {row['ours']:.4g} and "
+            f"{row['theirs']:.4g} {row['unit']}{waits}, beside {row['against']}")
 
 
-def draw(measured: dict) -> None:
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    bars, *growth = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
-    rows = [measured["rows"][name] for name in ROWS if name in measured["rows"]][::-1]
-    bars.barh(range(len(rows)), [row["ratio"] for row in rows], color=rollout.COLOURS[2], height=0.55)
-    bars.plot([row["goal"] for row in rows], range(len(rows)), "|", color=rollout.COLOURS[3], markersize=18,
-              markeredgewidth=2.5, label="the goal that was set")
-    for i, row in enumerate(rows):
-        bars.annotate(f"{row['ratio']:.3g}×", (max(row["ratio"], row["goal"]), i), xytext=(6, 0),
-                      textcoords="offset points", va="center", fontsize=8)
-    bars.set_yticks(range(len(rows)), [f"{row['what']}\nagainst {row['against']}" for row in rows], fontsize=7)
-    bars.set(xscale="log", xlim=(0.5, 300), xlabel="times as fast, or times less memory",
-             title="Against the alternatives")
-    bars.xaxis.set_major_formatter("{x:g}")
-    bars.legend(frameon=False, fontsize=8, loc="upper right")
-    for axes, (figure_of, title) in zip(growth, (("seconds", "Time of a job"), ("bytes", "Its peak memory"))):
-        for (name, points), colour, marker in zip(measured["growth"].items(), rollout.COLOURS[1:], "osD^"):
-            costs = [point[figure_of] / points[0][figure_of] for point in points]
-            axes.plot([1, 2, 4], costs, color=colour, marker=marker, label=name)
-        axes.plot([1, 2, 4], [1, 2, 4], color="black", linestyle="--", linewidth=1, label="in proportion")
-        axes.set(xscale="log", yscale="log", xlabel="times the size", ylabel="times the cost", title=title)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(FixedLocator([1, 2, 4]))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_locator(NullLocator())
-        axes.legend(frameon=False, fontsize=8)
+def draw(rows: dict[str, dict]) -> None:
+    """Every ratio as a bar beside its goal: green where it is reached."""
+    figure = Figure(figsize=(9, 0.36 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows.values()):
+        few = row["unit"] == "operations"
+        reached = row["ratio"] <= row["goal"] if few else row["ratio"] >= row["goal"]
+        axes.barh(y, row["ratio"], color="#009E73" if reached else "#D55E00", height=0.6)
+        axes.plot([row["goal"]] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2)
+        axes.text(row["ratio"] * 1.03, y, f"{row['ratio']:.2f}×{' as many operations' if few else ''}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["what"] for row in rows.values()], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="grey", linewidth=1, linestyle=":")
+    axes.set(xscale="log", xlim=(0.5, 40), xlabel="times what transformers alone has (log); black: the goal")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axes.set_title(f"Speed, memory saved and operations beside plain transformers, {DEVICE.upper()}", fontsize=10)
     figure.savefig(PICTURE, dpi=150)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("only", nargs="*", help=f"some of {', '.join(ROWS)}, growth (default: all of them)")
+    parser.add_argument("only", nargs="*", help=f"some of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--model", help="checkpoint folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
-    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        work = job if arguments.alone == "job" else partial(peak_of_layer, arguments.alone)
-        print(json.dumps(work(**arguments.settings)))
+        print(alone(*arguments.alone))
         sys.exit()
-    for name in arguments.only or [*ROWS, "growth"]:
-        if name == "growth":
-            for size in JOB:
-                record("growth", size, [in_a_process("job", **JOB | {size: JOB[size] * k}) for k in (1, 2, 4)])
-        elif name in ("sampling", "step", "apart", "sampled", "update") and not arguments.model:
+    if unknown := set(arguments.only) - set(ROWS):
+        parser.error(f"{unknown.pop()!r} is no row: choose from {', '.join(ROWS)}")
+    measured = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    for name in arguments.only or ROWS:
+        if "SmolLM2" in name and not arguments.model:
             print(f"({name} needs a language model: --model FOLDER)")
-        elif name == "run" and subprocess.run(["git", "-C", HERE.parent, "cat-file", "-e", BEFORE], capture_output=True).returncode:
-            print(f"(run needs commit {BEFORE}, which this clone has not: git fetch --unshallow)")
-        else:
-            what, against, goal, work = ROWS[name]
-            result = work(arguments.model)
-            result = {"what": what, "against": against, "goal": goal, "device": DEVICE,
-                      "threads": torch.get_num_threads(), **result}
-            record("rows", name, result)
-            print(line(result), flush=True)
-    measured = json.loads(RESULTS.read_text())
-    draw(measured)
+            continue
+        what, against, goal, work = ROWS[name]
+        measured[name] = {"what": what, "against": against, "goal": goal, "device": DEVICE,
+                          "threads": torch.get_num_threads(), **work(arguments.model)}
+        RESULTS.write_text(json.dumps({"rows": measured}, indent=1) + "\n")
+        print(line(measured[name]), flush=True)
+    draw({name: measured[name] for name in ROWS if name in measured})
