@@ -77,9 +77,14 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path, budget: flo
 def read_run(folder: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl. Exits with a line that names the folder where there are none."""
     try:
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        if rows:
+            return rows
+        reason = "its metrics.jsonl is empty"
     except (OSError, ValueError) as error:
-        sys.exit(f"frontier.py: {folder} is no run of erpd.py: {error}")
+        reason = error
+    print(f"frontier.py: {folder} is no run of erpd.py: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

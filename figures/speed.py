@@ -59,9 +59,8 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation._schema.name.split("::")[1]
         self.operations += name not in VIEWS
-        self.waits += name in WAITS or name.startswith("index") and any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in (args[1] if len(args) > 1 else None) or ()
-            if isinstance(args[1], (list, tuple)))
+        places = args[1] if name in ("index", "index_put", "index_put_") else ()
+        self.waits += name in WAITS or any(x is not None and x.dtype == torch.bool for x in places)
         return operation(*args, **(kwargs or {}))
 
 

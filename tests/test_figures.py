@@ -1,0 +1,58 @@
+"""The table and picture of any runs, figures/frontier.py, and what figures/speed.py counts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from figures import frontier, speed
+
+ROWS = [{"policy": "base", "round": 1, "accuracy": 0.3, "accuracy_interval": [0.2, 0.4], "pass": 0.8, "samples": 64, "kl": 0.0,
+         "entropy": 0.03, "pass_rates": [0.1, 0.5]},
+        {"policy": "student on its way", "round": 1, "epoch": 2, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "pass": 0.9,
+         "samples": 4, "kl": 0.3, "entropy": 0.02},
+        {"policy": "ERPD student", "round": 1, "accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "pass": 0.97, "samples": 8,
+         "kl": 0.8, "entropy": 0.01}]
+
+
+def test_a_table_has_pass_at_8_only_where_there_are_8_samples():
+    """Mistake: pass@4 in a column that says pass@8, or a policy on its way in the final table."""
+    header, *lines = frontier.table(ROWS).splitlines()
+    assert "pass@8" in header and [line.split()[0] for line in lines] == ["base", "student", "ERPD"]
+    assert "epoch 2" in lines[1] and "–" in lines[1].split()[-3] and "97.0%" in lines[2]
+    assert frontier.ends(ROWS) == [ROWS[0], ROWS[2]]
+
+
+def run(*arguments, folder: Path):
+    return subprocess.run([sys.executable, frontier.__file__, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+
+
+def test_several_runs_go_into_one_picture(tmp_path):
+    """Mistake: a command that works only from within erpd.py, or a traceback for a folder that is no run."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    drawn = run("a", "b", "--out", "both.png", folder=tmp_path)
+    assert drawn.returncode == 0 and drawn.stdout.count("ERPD student") == 2
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    (tmp_path / "b" / "metrics.jsonl").write_text("")
+    for wrong in ("c", "b"):
+        refused = run("a", wrong, folder=tmp_path)
+        assert refused.returncode == 2 and refused.stderr.strip().splitlines()[-1].startswith(f"frontier.py: {wrong} ")
+        assert "Traceback" not in refused.stderr
+
+
+def test_operations_and_waits_are_counted():
+    """Mistake: views counted as work, or a boolean mask that makes the host wait and is not seen."""
+    x = torch.randn(4, 4)
+
+    def work():
+        y = (x.T.reshape(2, 8)[:1] + 1) * 2  # a view of a copy; an addition and a product
+        y[y > 0], y.sum().item(), y.nonzero()
+
+    assert speed.counted(lambda: x.view(16)[:3].unsqueeze(0)) == (0, 0)
+    assert speed.counted(lambda: x + 1) == (1, 0)
+    operations, waits = speed.counted(work)
+    assert waits == 3 and operations == 8  # clone, +, ·, >, index, sum, item, nonzero
