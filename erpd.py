@@ -142,15 +142,14 @@ class Config:
 
 # ----------------------------------------------------------------------------------------------------------- one update
 
-def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective: Callable, config: Config, bar: tqdm,
-             reference=None) -> None:
-    """One update on some of the stored completions, in micro-batches; changes `model`.
-
-    Raises FloatingPointError(stage, model), with the last finite weights, where loss or gradient are not finite.
+def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective: Callable, config: Config, stage: str,
+             reference=None) -> dict[str, Tensor]:
+    """One update of `model` on some of the stored completions, in micro-batches; returns numbers to show.
 
     advantage is [B, T], or [B, 1] for one that all tokens of a completion share. `objective(policy, part, advantage,
     tokens, completions)` gives the loss of a micro-batch and numbers to show, from the `policy`'s log-probs, entropy
-    and, with a `reference`, exact KL to it, [b, T] each.
+    and, with a `reference`, exact KL to it, [b, T] each. Where loss or gradient are not finite it raises
+    FloatingPointError(stage, model), and the model has its last finite weights.
     """
     # Every micro-batch divides by the counts of the whole update: then their gradients add up to the update's.
     tokens, completions = int(rollouts.length.sum()), len(rollouts)
@@ -168,24 +167,27 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
         shown = {name: shown.get(name, 0.0) + number for name, number in numbers.items()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.isfinite(total + norm):  # asked before the weights change
-        raise FloatingPointError(bar.desc, model)
+        raise FloatingPointError(stage, model)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    bar.set_postfix({name: f"{number:.3g}" for name, number in shown.items()}, refresh=False)
+    return shown
 
 
-def updates(model, rollouts: Rollouts, size: int, epochs: int, seed: int, desc: str, watch: Callable) -> Iterator:
-    """(rows, share of all updates done before, progress bar) of every update; `watch` is called after each epoch."""
+def updates(model, rollouts: Rollouts, size: int, epochs: int, seed: int, stage: str, watch: Callable) -> Iterator:
+    """(rows, share of all updates done before, what shows numbers) of each update; `watch` is called after an epoch."""
     generator = torch.Generator().manual_seed(seed)
     passes = [in_batches(rollouts, size, generator) for _ in range(epochs)]
     count, done = sum(map(len, passes)), 0
-    with tqdm(total=count, desc=desc, unit="update", leave=False) as bar:
+    with tqdm(total=count, desc=stage, unit="update", leave=False) as bar:
+        def show(numbers: dict) -> None:
+            bar.set_postfix({name: f"{number:.3g}" for name, number in numbers.items()}, refresh=False)
+
         for epoch, batches in enumerate(passes, 1):
             for rows in batches:
-                yield rows, done / count, bar
+                yield rows, done / count, show
                 done += 1
                 bar.update()
-            watch(desc, model, epoch=epoch)
+            watch(stage, model, epoch=epoch)
 
 
 def unwatched(name: str, model, **about) -> None:
@@ -240,8 +242,9 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
                        "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
     reference = base if config.kl_coef else None
-    for rows, _, bar in updates(model, rollouts, config.explore_batch, epochs, seed, desc, watch):
-        optimise(model, optimizer, rollouts.select(rows), advantage[rows, None], objective, config, bar, reference)
+    for rows, _, show in updates(model, rollouts, config.explore_batch, epochs, seed, desc, watch):
+        some, its_advantage = rollouts.select(rows), advantage[rows, None]
+        show(optimise(model, optimizer, some, its_advantage, objective, config, desc, reference))
     return model
 
 
@@ -297,15 +300,16 @@ def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: i
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
         value = kl.masked_mean(coefficient * policy.kl - surrogate, part.mask, tokens)
         seen.extend(zip(policy.kl.detach(), log_ratio.detach(), part.mask))
-        return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens), "lambda": coefficient}
+        return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
-    for rows, done, bar in updates(model, rollouts, config.distill_batch, config.distill_epochs, seed, "distil", watch):
+    stage = "student on its way"
+    for rows, done, show in updates(model, rollouts, config.distill_batch, config.distill_epochs, seed, stage, watch):
         # The rate falls to 0: what the last updates of a constant one add is noise, and noise costs KL.
         optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - done)
-        optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, bar, base)
+        numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         spent = kl.on_policy_kl(*(pad_sequence(column, batch_first=True) for column in zip(*seen))).item()
         multiplier, coefficient = kl.dual_ascent(multiplier, spent, config.kl_budget, config.kl_rate)
-        bar.set_postfix_str(f"{bar.postfix}, kl={spent:.3g}", refresh=False)
+        show(numbers | {"kl": spent, "lambda": coefficient})
         seen.clear()
     return model
 

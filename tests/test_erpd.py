@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
-import kl
 from erpd import Config
 from rewards import InputError, chain_problems, group_advantages
 from rollout import Rollouts, collect, completion_stats, divergence, load_policy, score
@@ -271,6 +270,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / "whole"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ends = [row["policy"] for row in rows if "epoch" not in row]
+    assert "student on its way" in {row["policy"] for row in rows if "epoch" in row}
     assert ends == ["base"] + ["unlearned policy", "extreme region policy (sapo)", "ERPD student"] * 2
     assert rows[0]["kl"] == 0 and all(row["kl"] > 0 for row in rows[1:])
     assert all(row["kl_round"] <= 0.5 for row in rows if row["policy"] == "ERPD student")
