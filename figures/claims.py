@@ -2,7 +2,8 @@
 
     python figures/claims.py                # runs what is missing, draws the figures, prints the verdicts
     python figures/claims.py --only         # draws and judges what is there
-    python figures/claims.py --quick        # draws, and runs one seed at a tenth of the size in a scratch folder: 3 minutes
+    # draws, and runs one seed at a tenth of the size in a scratch folder: 3 minutes
+    python figures/claims.py --quick      
     python figures/claims.py --model path/to/SmolLM2-135M-Instruct      # the small frontier of a language model, too
 
 Everything is measured on 256 held-out problems × 8 samples of the policy's own (4 on an explorer's way), KL(π‖π_0) is exact,
@@ -85,7 +86,7 @@ OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temp
              *(f"{kind}: {loss}" for kind in ("weights", "logits") for loss in ("sapo", "mse", "nll")))
 
 
-# ----------------------------------------------------------------------------------------------------------- the verdicts
+# --------------------------------------------------------------------------------------------------------- the verdicts
 
 class Statistic(NamedTuple):
     claim: str
@@ -126,7 +127,8 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     ask("C2", "b  best of SAPO less best of clip", lambda o: o.best("sapo") - o.best("clip"), True, 0)
 
     def kept(o: Outcome, rows: list[dict]) -> float:
-        return o.worth(rows[-1]) / max(o.worth(row) for row in rows)
+        best = max(o.worth(row) for row in rows)
+        return o.worth(rows[-1]) / best if best else math.nan  # none of them better than the base
 
     ask("C2", "c  efficiency of clip, last epoch over best", lambda o: kept(o, o.explorer("clip")), False, 0.5)
     ask("C2", "d  efficiency of clip + KL 0.2, last epoch over best",
@@ -241,7 +243,7 @@ def report(by_stage: dict[str, list[Outcome]]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------ what is run
+# ---------------------------------------------------------------------------------------------------------- what is run
 
 def stage(name: str, prompts: int, seed: int, **more) -> Stage:
     """Sixteen updates an epoch at every size; the distiller takes more passes where they are short."""
@@ -257,7 +259,8 @@ def scaled(factor: float) -> tuple[float, ...]:
 
 
 def sums(folder: Path) -> tuple[str, str]:
-    """Files of one-digit sums to train on (40 pairs of digits) and to test on (15 others), each pair in both orders."""
+    """Files of one-digit sums to train on (40 pairs of digits) and to test on (15 others), each pair in both orders.
+    """
     pairs = [(a, b) for a in range(10) for b in range(a, 10)]
     random.Random(0).shuffle(pairs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,7 +322,7 @@ def run(wanted: list[Stage], results: Path, folder: Path, workers: int) -> None:
                 bar.set_postfix_str(f"{future.result()} is there")
 
 
-# ------------------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -33,7 +33,8 @@ FALLEN = -5.0  # a stored completion has fallen when log π_θ/π_0 of it is bel
 
 @dataclass(frozen=True)
 class Stage:
-    """Where methods are compared. `config` has all settings; `carries` keeps the chains with so many dropped-carry traps."""
+    """Where methods are compared. `config` has all settings; `carries` keeps the chains with so many dropped-carry
+    traps."""
 
     name: str
     config: erpd.Config
@@ -127,7 +128,8 @@ class Bench:
 
     @cached_property
     def problems(self) -> list[Problem]:
-        """The stored batch's come first; `everything` asks for more rounds, and for GRPO with eight times the rollouts."""
+        """The stored batch's come first; `everything` asks for more rounds, and for GRPO with eight times the
+        rollouts."""
         return self.draw("train", self.config.problems * (8 if self.stage.everything else 1))
 
     @cached_property

@@ -22,15 +22,15 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 
 
 def table(rows: Sequence[dict], header: bool = True) -> str:
-    """Policies as lines: accuracy with its 95 % interval over problems, pass@8 from 8 samples on, KL to the first base."""
+    """Policies as lines: accuracy with its 95 % interval over problems, pass@8 from 8 samples on, KL to the base."""
     lines = [f"{'policy':36} {'avg@k':>6}  {'95 % interval':15} {'k':>3} {'pass@8':>7} {'KL, nats/completion':>20} "
              f"{'entropy, nats/token':>20}"] if header else []
     for row in rows:
         on_its_way = "".join(f", {unit} {row[unit]}" for unit in ("epoch", "step") if unit in row)
         low, high = row["accuracy_interval"]
         solved = f"{row['pass']:.1%}" if row["samples"] >= 8 else "–"
-        lines.append(f"{row['policy'] + on_its_way:36} {row['accuracy']:6.1%}  {low:6.1%} – {high:6.1%} {row['samples']:3} "
-                     f"{solved:>7} {row['kl']:20.3f} {row['entropy']:20.3f}")
+        lines.append(f"{row['policy'] + on_its_way:36} {row['accuracy']:6.1%}  {low:6.1%} – {high:6.1%} "
+                     f"{row['samples']:3} {solved:>7} {row['kl']:20.3f} {row['entropy']:20.3f}")
     return "\n".join(lines)
 
 
@@ -90,7 +90,7 @@ def read_run(folder: Path) -> list[dict]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that erpd.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("frontier.png"), help="the picture (default: frontier.png here)")
+    parser.add_argument("--out", type=Path, default=Path("frontier.png"), help="the picture")
     arguments = parser.parse_args()
     several = {folder.name: read_run(folder) for folder in arguments.runs}
     for name, rows in several.items():

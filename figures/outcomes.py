@@ -18,7 +18,8 @@ class Outcome:
     """The rows of a stage at one seed, and what the claims ask of them."""
 
     def __init__(self, rows: list[dict]):
-        self.rows = [row | {"method": f"clip + KL {row['kl_coef']:g}"} if row["method"] == "clip + KL" else row for row in rows]
+        self.rows = [row | {"method": f"clip + KL {row['kl_coef']:g}"} if row["method"] == "clip + KL" else row
+                     for row in rows]
         base = self.one("base")
         self.base, self.entropy = base["accuracy"], base["entropy"]
         self.limit = kl.least_kl(torch.tensor(base["pass_rates"]), points=2000)
@@ -40,7 +41,8 @@ class Outcome:
         for row in self.of(method):
             name = row["path"] if method != "temperature" else "colder" if row["at"] < 1 else "hotter"
             paths.setdefault(name, []).append(row)
-        return [sorted(path, key=lambda row: -row["at"] if name == "colder" else row["at"]) for name, path in paths.items()]
+        return [sorted(path, key=lambda row: -row["at"] if name == "colder" else row["at"])
+                for name, path in paths.items()]
 
     def best(self, *methods: str) -> float:
         return max((row["accuracy"] for method in methods for row in self.of(method)), default=math.nan)
@@ -70,7 +72,8 @@ def interpolate(x: float, xs: list[float], ys: list[float]) -> float:
 
 
 def kl_on_path(path: list[dict], start: float, accuracy: float) -> float:
-    """KL where a path from the base (accuracy `start`, KL 0) first reaches an accuracy; between points linear in √KL."""
+    """KL where a path from the base (accuracy `start`, KL 0) first reaches an accuracy; between points linear in √KL.
+    """
     reached, root = start, 0.0
     for row in path:
         after = math.sqrt(max(0.0, row["kl"]))
@@ -93,7 +96,8 @@ def outcomes(results: Path) -> dict[str, list[Outcome]]:
     by_stage: dict[str, list[Outcome]] = {}
     for (name, _), rows in sorted(found.items(), key=lambda item: item[0][1]):
         done = {row["job"] for row in rows}
-        last = {"small after grpo"} if name == "64 prompts" else {"erpd", "weights: erpd", "weights: nll", "weights: sapo"}
+        last = {"erpd", "weights: erpd", "weights: nll", "weights: sapo"}
+        last = {"small after grpo"} if name == "64 prompts" else last
         if last <= done:
             by_stage.setdefault(name, []).append(Outcome(rows))
     return by_stage

@@ -269,12 +269,15 @@ ROWS = {
                lambda _: memory("log_prob", TOKENS)),
     "kl": (f"exact KL + backward, {TOKENS // 2} tokens: memory", "full logits of both", 8,
            lambda _: memory("kl", TOKENS // 2)),
-    "sampling, SmolLM2": ("sampling, SmolLM2-135M bf16, 8 × 8", "generate", 1.3, partial(sampling, partial(language, SUMS))),
+    "sampling, SmolLM2": ("sampling, SmolLM2-135M bf16, 8 × 8", "generate", 1.3,
+                          partial(sampling, partial(language, SUMS))),
     "decoding, SmolLM2": ("a decoding step, SmolLM2", "generate", 1.1, partial(decoding, partial(language, SUMS))),
-    "ragged, SmolLM2": ("the same, prompts of two lengths", "generate", 1.1, partial(decoding, partial(language, RAGGED))),
+    "ragged, SmolLM2": ("the same, prompts of two lengths", "generate", 1.1,
+                        partial(decoding, partial(language, RAGGED))),
     "pass, SmolLM2": ("a training pass with exact KL, SmolLM2", "logits, log_softmax", 1.2,
                       partial(operations_of_a_pass, partial(language, SUMS))),
-    "step, SmolLM2": ("a training step, SmolLM2, 2 prompts × 8 of 128 tokens", "logits, log_softmax", 1.1, partial(training, 2)),
+    "step, SmolLM2": ("a training step, SmolLM2, 2 prompts × 8 of 128 tokens", "logits, log_softmax", 1.1,
+                      partial(training, 2)),
     "apart, SmolLM2": ("the same, 16 prompts × 1", "logits, log_softmax", 1.1, partial(training, 16)),
     "sampled, SmolLM2": ("the same, 2 × 8 as they are sampled", "logits, log_softmax", 1.1, partial(training, None)),
 }
@@ -299,7 +302,7 @@ def draw(rows: dict[str, dict]) -> None:
         reached = row["ratio"] <= row["goal"] if few else row["ratio"] >= row["goal"]
         axes.barh(y, row["ratio"], color="#009E73" if reached else "#D55E00", height=0.6)
         axes.plot([row["goal"]] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2)
-        axes.text(row["ratio"] * 1.03, y, f"{row['ratio']:.2f}×{' as many operations' if few else ''}", va="center", fontsize=8)
+        axes.text(row["ratio"] * 1.03, y, f"{row['ratio']:.2f}×{' as many operations' * few}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row["what"] for row in rows.values()], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="grey", linewidth=1, linestyle=":")

@@ -62,7 +62,8 @@ def test_a_policy_on_the_limit_has_efficiency_one_and_twice_its_kl_half():
 
 
 def test_the_kl_at_a_level_is_that_of_the_first_crossing():
-    """A path that rises, collapses and rises again is judged where it first gets there; a level it never reaches is infinite."""
+    """A path that rises, collapses and rises again is judged where it first gets there; a level it never reaches is
+    infinite."""
     path = [row("sapo", a, k) for a, k in ((0.5, 0.04), (0.3, 4.0), (0.7, 9.0))]
     assert outcomes.kl_on_path(path, 0.3, 0.5) == pytest.approx(0.04)
     assert outcomes.kl_on_path(path, 0.3, 0.4) == pytest.approx(0.01)  # half the way in √KL

@@ -110,7 +110,8 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
         else:
             model = explored(base, rollouts, config, loss=what, epochs=1)
         ends.append(weights(model) - weights(base))
-    # Adam divides by the gradient's size, so an update of 1e-4 a weight is compared; rounding may turn a sign near zero.
+    # Adam divides by the gradient's size, so an update of 1e-4 a weight is compared; rounding may turn a sign near
+    # zero.
     for other in ends[1:]:
         close = (ends[0] - other).abs() < 1e-5
         assert close.float().mean() > 0.98
@@ -169,7 +170,8 @@ def test_explorer_raises_right_completions_and_the_unlearned_policy_wrong_ones(s
 
 @pytest.mark.parametrize("signal", ["teacher", "contrast", "unlearned"])
 def test_a_round_builds_its_signal_from_the_right_policies(stage, monkeypatch, signal):
-    """Targets reversed for the explorer too, for one of Â and r alone, or not at all; a teacher scored on another batch."""
+    """Targets reversed for the explorer too, for one of Â and r alone, or not at all; a teacher scored on another
+    batch."""
     base, tokenizer, problems, _ = stage
     asked, given = {}, []
 
@@ -264,7 +266,8 @@ def arguments(**settings):
 
 
 def test_a_whole_run(tmp_path, monkeypatch, capsys):
-    """Two rounds of ERPD: rows on disk as printed, a figure, and a policy that transformers loads and that has moved."""
+    """Two rounds of ERPD: rows on disk as printed, a figure, and a policy that transformers loads and that has moved.
+    """
     monkeypatch.chdir(tmp_path)
     assert erpd.main(arguments(run="whole", rounds=2, kl_budget=0.5)) == 0
     folder = tmp_path / "runs" / "whole"
@@ -344,7 +347,8 @@ def test_wrong_input_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, se
 
 
 def test_help_and_paper_settings(capsys):
-    """Every field is an option with its meaning; --paper starts from the paper's settings, which the line can override."""
+    """Every field is an option with its meaning; --paper starts from the paper's settings, which the line can
+    override."""
     with pytest.raises(SystemExit) as stopped:
         erpd.main(["--help"])
     text = capsys.readouterr().out

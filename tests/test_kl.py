@@ -83,7 +83,8 @@ def test_k3_off_policy_is_unbiased_in_value_and_gradient(kind):
 
 
 def test_token_estimates_add_up_to_the_sequence_kl():
-    """Mistake: a mean over tokens called a completion's KL. Under y ~ π the sum is: E Σ_t k_t = KL of the sequences."""
+    """Mistake: a mean over tokens called a completion's KL. Under y ~ π the sum is: E Σ_t k_t = KL of the sequences.
+    """
     table, reference = random_log_probs(*TABLE, seed=1), random_log_probs(*TABLE, seed=2)
     log_p, log_q = token_log_probs_of_all(table), token_log_probs_of_all(reference)
     p = log_p.sum(-1).exp()
@@ -106,7 +107,8 @@ def test_exact_kl_in_both_directions():
 
 
 def test_exact_kl_where_tokens_have_no_probability():
-    """Mistake: 0·log 0 = NaN. A token p never chooses adds nothing; one that only q never chooses makes KL infinite."""
+    """Mistake: 0·log 0 = NaN. A token p never chooses adds nothing; one that only q never chooses makes KL infinite.
+    """
     log_p = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.5, 0.25, 0.25, 0.0]]).log().requires_grad_()
     log_q = torch.tensor([[0.25, 0.25, 0.5, 0.0], [0.5, 0.5, 0.0, 0.0]]).log()
     value = kl.exact_kl(log_p, log_q)
@@ -138,7 +140,8 @@ def all_sequences(eos: int):
 
 @pytest.mark.parametrize("eos", [-1, 0], ids=["fixed length", "early ends"])
 def test_on_policy_kl_is_that_of_the_sequences(eos):
-    """Mistake: KL_t summed over the *reference's* prefixes, another number; or ended rows missing in the normaliser."""
+    """Mistake: KL_t summed over the *reference's* prefixes, another number; or ended rows missing in the normaliser.
+    """
     divergence, log_ratio, mask, exact = all_sequences(eos)
     assert len(mask) == 64
     assert torch.isclose(kl.on_policy_kl(divergence, log_ratio, mask, max_weight=1e9), exact)
@@ -231,7 +234,8 @@ def test_token_stats_are_the_naive_ones(temperature, chunk):
 
 @pytest.mark.parametrize("ours_has_weight, reference_has_weight", [(False, False), (False, True), (True, False)])
 def test_token_stats_from_logits(ours_has_weight, reference_has_weight):
-    """Mistake: a model whose logits are no h Wᵀ treated as if they were. It, or its reference, gives its logits instead."""
+    """Mistake: a model whose logits are no h Wᵀ treated as if they were. It, or its reference, gives its logits
+    instead."""
     torch.manual_seed(0)
     hidden, weight, ids = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True), torch.randint(7, (9,))
     other, other_weight = torch.randn(9, 4), torch.randn(7, 4)
@@ -273,7 +277,8 @@ def test_sure_tokens(chunk):
 
 
 def test_token_stats_in_bf16():
-    """Mistake: sums over a vocabulary, or of many chunks' gradients, in bf16. The logits are rounded, as the model's are."""
+    """Mistake: sums over a vocabulary, or of many chunks' gradients, in bf16. The logits are rounded, as the model's
+    are."""
     torch.manual_seed(0)
     hidden, weight, ids = torch.randn(64, 32).bfloat16(), torch.randn(5000, 32).bfloat16(), torch.randint(5000, (64,))
     stats = kl.token_stats(hidden, weight, ids, 0.7, with_entropy=True)
@@ -296,7 +301,8 @@ def test_noise_is_uniform_and_belongs_to_its_sample():
     assert streams[0].min() >= 0 and streams[0].max() < 1
     assert ((counts - 2048).square() / 2048).sum() < 99 + 5 * math.sqrt(2 * 99)
     one = streams[0]
-    for x, y in ((one[:, :-1], one[:, 1:]), (one[:-1], one[1:]), (one[:-16], one[16:]), streams):  # steps, samples, problems, seeds
+    # steps, samples, problems, seeds
+    for x, y in ((one[:, :-1], one[:, 1:]), (one[:-1], one[1:]), (one[:-16], one[16:]), streams):
         assert torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].abs() < 0.01
     assert torch.equal(kl.noise(3, 7, 4, 64), one[7 * 16:7 * 16 + 4])
 
@@ -365,7 +371,8 @@ def test_clipped_surrogate(ratio, advantage, value, slope):
 
 @pytest.mark.parametrize("advantage, tau", [(2.0, 1.0), (-2.0, 1.05)])
 def test_soft_gate_surrogate(advantage, tau):
-    """Mistake: no 4/τ, or one τ for both signs. f′(ρ) = 1/cosh²(τ(ρ − 1)/2): 1 at ρ = 1, never 0, steeper for A < 0."""
+    """Mistake: no 4/τ, or one τ for both signs. f′(ρ) = 1/cosh²(τ(ρ − 1)/2): 1 at ρ = 1, never 0, steeper for A < 0.
+    """
     ratio = torch.tensor([1.0, 2.0, 4.0, 8.0, 0.5, 0.0], requires_grad=True)
     value = kl.soft_gate_surrogate(ratio, torch.full((6,), advantage))
     value.sum().backward()
@@ -386,7 +393,8 @@ def test_soft_gate_of_no_advantage():
 # -------------------------------------------------------------------------------------------------------- the KL budget
 
 def test_dual_ascent_direction_and_bounds():
-    """Mistake: the sign of the dual step: a policy that overspends must be held harder, at once and in the long run."""
+    """Mistake: the sign of the dual step: a policy that overspends must be held harder, at once and in the long run.
+    """
     for kl_now, harder in ((2.0, 1), (0.5, -1)):
         multiplier, coefficient = kl.dual_ascent(1.0, kl=kl_now, budget=1.0, rate=0.1, gain=1.0)
         assert harder * math.log(multiplier) > 0 and harder * math.log(coefficient) > harder * math.log(multiplier)
@@ -399,7 +407,8 @@ def test_dual_ascent_direction_and_bounds():
 
 @pytest.mark.parametrize("start", [0.01, 1.0, 100.0])
 def test_dual_ascent_finds_the_budget(start):
-    """Mistake: a coefficient that swings for ever or stops short. Where KL slowly follows c/λ it ends at the budget."""
+    """Mistake: a coefficient that swings for ever or stops short. Where KL slowly follows c/λ it ends at the budget.
+    """
     multiplier, spent, c, budget = start, 1.0, 3.0, 0.5
     for _ in range(1000):
         multiplier, coefficient = kl.dual_ascent(multiplier, spent, budget, rate=0.05)

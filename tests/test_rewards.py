@@ -208,7 +208,8 @@ def verdict_seconds(text):
 
 @pytest.mark.parametrize("text, reason", BOMBS, ids=[row[1] for row in BOMBS])
 def test_cost_is_bounded(text, reason):
-    assert min(verdict_seconds(text) for _ in range(3)) < 0.03  # two readings and two verdicts, with room for slow machines
+    # two readings and two verdicts, with room for slow machines
+    assert min(verdict_seconds(text) for _ in range(3)) < 0.03
 
 
 LIMITS = [
@@ -249,7 +250,8 @@ PIECES = r"""\frac{ \frac \sqrt{ \sqrt[3]{ } { ( ) [ ] , ; | \{ \} ^ ^{ _8 ! % ^
 
 
 def test_fuzz():
-    """20,000 seeded strings: only the documented exception, symmetric, equal to itself whatever can be read, and quick."""
+    """20,000 seeded strings: only the documented exception, symmetric, equal to itself whatever can be read, and
+    quick."""
     rng = random.Random(0)
     cases = [text for row in RIGHT for text in row[:2]]
 
@@ -316,7 +318,8 @@ def test_advantages_equal_their_definition_whatever_the_order(kind, device):
 
 @pytest.mark.parametrize("kind", ["std", "mean", "loo"])
 def test_equal_rewards_give_exactly_zero(kind):
-    r = torch.tensor([0.1, 0.1, 0.1, 1.0, 1.0, 0.7])  # the mean of three 0.1 is not 0.1; the last group has one member
+    # the mean of three 0.1 is not 0.1; the last group has one member
+    r = torch.tensor([0.1, 0.1, 0.1, 1.0, 1.0, 0.7])
     assert group_advantages(r, torch.tensor([5, 5, 5, 2, 2, 9]), kind).tolist() == [0.0] * 6
     assert group_advantages(torch.tensor([]), torch.tensor([], dtype=torch.long), kind).shape == (0,)
 
@@ -346,7 +349,8 @@ def test_chain_problems_are_fixed_distinct_and_apart():
         assert len(terms) == 4 and all(10 <= int(term) <= 99 for term in terms)
         assert sum(map(int, terms)) == int(problem.answer)
     assert {chain_split(problem.question) for problem in train} == {"train"}
-    assert chain_problems(1, "test") == [Problem("49+46+79+15=", "189")]  # a hash that changed would mix old and new splits
+    # a hash that changed would mix old and new splits
+    assert chain_problems(1, "test") == [Problem("49+46+79+15=", "189")]
     assert sum(chain_split(f"{n}=") == "test" for n in range(1000)) == 273
 
 
@@ -409,7 +413,8 @@ def hub(monkeypatch):
 
 def test_hub_splits(hub):
     assert [len(load_problems("gsm8k", split)) for split in ("train", "test", "all")] == [8, 4, 12]
-    train, test = (set(load_problems("math500", split)) for split in ("train", "test"))  # published as a test split only
+    # published as a test split only
+    train, test = (set(load_problems("math500", split)) for split in ("train", "test"))
     assert train and test and not train & test and len(train | test) == len(load_problems("math500", "all")) == 40
 
 

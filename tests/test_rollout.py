@@ -160,7 +160,8 @@ def test_score_is_zero_after_the_end_whatever_the_padding(make_bigram):
 ])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_the_logits_are_the_models_own(make_model, name, settings, plain, temperature):
-    """Mistake: a scale, a cap or a bias of the output layer that is forgotten where logits are made of hidden states."""
+    """Mistake: a scale, a cap or a bias of the output layer that is forgotten where logits are made of hidden states.
+    """
     model, reference = make_model(name, 1, **settings), make_model(name, 2, **settings)
     assert (output_embedding(model) is not None) == plain
     rollouts = draw(model, temperature=temperature)
@@ -185,12 +186,14 @@ def test_the_output_embedding_of_a_trained_copy_is_its_own(make_model):
 
 
 def test_copies_are_run_once(make_model, monkeypatch):
-    """Mistake: one row's numbers given to another, or a copy's gradient lost. A text that stands there thrice counts thrice."""
+    """Mistake: one row's numbers given to another, or a copy's gradient lost. A text that stands there thrice counts
+    thrice."""
     model, runs = make_model("qwen3"), []
     rows = rollouts_by_hand([([5, 3], [4, 7, EOS]), ([5], [6, EOS]), ([5, 3], [4, 7]), ([5, 3, 4], [7, EOS])])
     many = rows.select(torch.tensor([0, 1, 0, 2, 3, 0, 1]))
     distinct, copy_of = many.distinct()
-    assert sorted(distinct.tolist()) == [0, 1, 3, 4]  # one text cut differently is another row, and so is a shorter one
+    # one text cut differently is another row, and so is a shorter one
+    assert sorted(distinct.tolist()) == [0, 1, 3, 4]
     assert distinct[copy_of].tolist() == [0, 1, 0, 3, 4, 0, 1]
     output_embedding(model)
     forward = model.base_model.forward
@@ -275,7 +278,8 @@ def test_a_cache_of_the_models_own_kind(make_model):
 
 
 def test_autocast_samples_and_scores_alike(make_bigram):
-    """Mistake: logits in bf16 from the sampler and in fp32 from the scorer: ratios off by the rounding of the logits."""
+    """Mistake: logits in bf16 from the sampler and in fp32 from the scorer: ratios off by the rounding of the logits.
+    """
     torch.manual_seed(0)
     model = make_bigram(5 * torch.randn(V, V))
     with torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False):
@@ -286,7 +290,8 @@ def test_autocast_samples_and_scores_alike(make_bigram):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_200_000_tokens_are_those_of_the_softmax(make_model, temperature):
-    """Mistake: a bias too small for a few thousand samples: first and second tokens of 100,000 completions, by chi-square."""
+    """Mistake: a bias too small for a few thousand samples: first and second tokens of 100,000 completions, by
+    chi-square."""
     model, prompt, count = make_model("qwen3"), [5, 3, 14], 100_000
     rollouts = draw(model, [prompt], group=count, max_new_tokens=2, temperature=temperature, stop=[])
     pairs = (rollouts.completions[:, 0] * V + rollouts.completions[:, 1]).bincount(minlength=V * V).double().view(V, V)
@@ -309,7 +314,8 @@ def test_the_sampler_is_the_scorer(model, temperature):
 
 
 def test_a_prompt_is_run_once_and_finished_rows_leave(make_model, monkeypatch):
-    """Mistake: a prompt run for each of its completions; rows that have ended kept to the last, or others lost with them."""
+    """Mistake: a prompt run for each of its completions; rows that have ended kept to the last, or others lost with
+    them."""
     model, runs = make_model("qwen3"), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **k: runs.append(tuple(k["input_ids"].shape)) or forward(*a, **k))
@@ -369,7 +375,8 @@ def test_sampled_frequencies_are_the_softmax(model, temperature):
     rare = count - sum(expected[text] for text in common)
     chi_square = sum((seen[text] - expected[text]) ** 2 / expected[text] for text in common)
     chi_square += (count - sum(seen[text] for text in common) - rare) ** 2 / rare
-    assert abs(chi_square - len(common)) < 5 * math.sqrt(2 * len(common))  # mean and deviation of a chi-square variable
+    # mean and deviation of a chi-square variable
+    assert abs(chi_square - len(common)) < 5 * math.sqrt(2 * len(common))
 
 
 def test_dropout_is_off_in_sampling_and_scoring(make_model, tokenizer, tmp_path, device):
@@ -508,7 +515,8 @@ def answering(make_bigram):
 
 
 def test_collect_keeps_problems_and_rewards_together(make_bigram, tokenizer):
-    """Mistake: groups and rewards mixed over problems: they are sampled by length, and come back in their own order."""
+    """Mistake: groups and rewards mixed over problems: they are sampled by length, and come back in their own order.
+    """
     problems = [Problem("5+5+5+2", "4"), Problem("1", "3"), Problem("7+2", "9"), Problem("8+1", "3"), Problem("2", "3")]
     for rows in (1, 4, 1000):
         rollouts = collect(answering(make_bigram), tokenizer, problems, 2, max_new_tokens=6, rows=rows)
@@ -536,7 +544,8 @@ def test_evaluate_resamples_problems(make_bigram, tokenizer):
 
 
 def test_divergence_is_the_naive_sum(make_model):
-    """Mistake: a mean that counts padding, or the other direction. KL(π‖π_0) and entropy, one token after the other."""
+    """Mistake: a mean that counts padding, or the other direction. KL(π‖π_0) and entropy, one token after the other.
+    """
     model, reference = make_model("gemma2", 1), make_model("gemma2", 2)
     rollouts, total, entropy, tokens = draw(model, temperature=0.7), 0.0, 0.0, 0
     with torch.no_grad():
