@@ -96,8 +96,12 @@ def on_policy_kl(kl: Tensor, log_ratio: Tensor, mask: Tensor, max_weight: float 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 def noise(seed: int, problem: int, group: int, steps: int) -> Tensor:
-    """Uniform numbers in [0, 1) [G, steps] that belong to a problem's samples, whatever is sampled beside them."""
-    return torch.rand(group, steps, generator=torch.Generator().manual_seed(1_000_003 * seed + problem))
+    """Uniform numbers in [0, 1) [G, steps] that belong to a problem's samples, whatever is sampled beside them.
+
+    They are drawn on the CPU, so that they are the same for every device.
+    """
+    generator = torch.Generator("cpu").manual_seed(1_000_003 * seed + problem)
+    return torch.rand(group, steps, generator=generator, device="cpu")
 
 
 def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from figures import claims, experiments, outcomes
 def test_a_combined_policy_is_the_normalised_product(make_model, device):
     """Decoding between two policies with logits that were not normalised first, or with one cache for both."""
     first, second = make_model("qwen3", 0), make_model("qwen3", 1)
-    prompts, settings = [[5, 6, 7], [8, 9]], {"max_new_tokens": 6, "temperature": 1.0, "stop": [EOS], "pad_id": EOS, "seed": 4}
+    prompts = [[5, 6, 7], [8, 9]]
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "stop": [EOS], "pad_id": EOS, "seed": 4}
     alone = rollout.sample(first, prompts, 3, **settings)
     assert torch.equal(rollout.sample(experiments.Combined([first], [1.0]), prompts, 3, **settings).ids, alone.ids)
     mixed = experiments.Combined([first, second], [0.3, 0.7])
@@ -31,7 +32,8 @@ def test_kl_between_a_combined_policy_and_a_plain_one(make_model, device):
     model = make_model("qwen3")
     colder = experiments.Combined([model], [2.0])
     rollouts = rollout.sample(colder, [[5, 6, 7]], 4, max_new_tokens=5, temperature=1.0, stop=[EOS], pad_id=EOS, seed=1)
-    stats, there = (rollout.completion_stats(*pair[:1], rollouts, reference=pair[1]) for pair in ((colder, model), (model, colder)))
+    stats, there = (rollout.completion_stats(one, rollouts, reference=other)
+                    for one, other in ((colder, model), (model, colder)))
     rollouts = rollouts.to(device)
     mask = rollouts.mask.bool()
     log_q = model(input_ids=rollouts.ids[:, :-1]).logits.float().log_softmax(-1)
@@ -88,7 +90,8 @@ def test_auroc_counts_pairs():
 def test_all_jobs_run_and_a_second_start_runs_none(tmp_path):
     """A job that is never reached in a short session; rows that are written twice after a stop."""
     stage = claims.quick_stage()
-    config = claims.replace(stage.config, problems=4, group=8, test_problems=4, test_samples=2, curve_samples=2, limit_samples=4)
+    config = claims.replace(stage.config, problems=4, group=8, test_problems=4, test_samples=2, curve_samples=2,
+                            limit_samples=4)
     stage = claims.replace(stage, config=config, epochs=2, nll_epochs=2, rates=(3e-5, 1e-4))
     results, told = tmp_path / "claims.jsonl", []
     experiments.run_stage(stage, results, tmp_path, told.append)

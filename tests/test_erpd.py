@@ -130,7 +130,8 @@ def test_the_distillers_rate_falls_to_zero_over_its_run_and_no_further(stage, mo
 def test_checkpointing_changes_no_update(stage):
     """Layers that are not run again, or that are but with other inputs."""
     base, tokenizer, problems, rollouts = stage
-    model, checkpointed = (explored(base, rollouts, Config(**SMALL, checkpointing=on), loss="mse", epochs=1) for on in (0, 1))
+    model, checkpointed = (explored(base, rollouts, Config(**SMALL, checkpointing=on), loss="mse", epochs=1)
+                           for on in (0, 1))
     torch.testing.assert_close(weights(checkpointed), weights(model))
     again, _ = erpd.trainable(checkpointed, 1e-4, True)  # a further round's
     again_rollouts = [collect(m, tokenizer, problems, 2, max_new_tokens=20, seed=1) for m in (model, again)]
@@ -181,8 +182,8 @@ def test_a_round_builds_its_signal_from_the_right_policies(stage, monkeypatch, s
 
     scores = {"unlearned policy": -3.0, "extreme region policy (sapo)": -0.5}
     monkeypatch.setattr(erpd, "explore", explore)
-    monkeypatch.setattr(erpd, "score", lambda model, rollouts, *a, **k: torch.full_like(rollouts.log_probs, scores[model]))
-    monkeypatch.setattr(erpd, "distill", lambda base, rollouts, signal, *a, **k: given.extend((rollouts, signal)) or base)
+    monkeypatch.setattr(erpd, "score", lambda model, batch, *a, **k: torch.full_like(batch.log_probs, scores[model]))
+    monkeypatch.setattr(erpd, "distill", lambda base, batch, signal, *a, **k: given.extend((batch, signal)) or base)
     monkeypatch.setattr(erpd, "within_budget", lambda base, student, *a: (student, 0.0))
     erpd.one_round(base, tokenizer, problems, Config(**SMALL, signal=signal))
     rollouts, signal_given = given
@@ -299,7 +300,8 @@ def test_several_teachers_run_and_the_seed_decides_everything(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     written = []
     for run in ("one", "two"):
-        assert erpd.main(arguments(run=run, loss="mse:1,nll:0.5", signal="teacher", explore_epochs=1, device="cpu")) == 0
+        several = arguments(run=run, loss="mse:1,nll:0.5", signal="teacher", explore_epochs=1, device="cpu")
+        assert erpd.main(several) == 0
         written.append((tmp_path / "runs" / run / "metrics.jsonl").read_text())
     assert written[0] == written[1]
 
@@ -340,7 +342,8 @@ def test_wrong_input_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, se
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n{"question": "1+2=", "ans\n')
     (tmp_path / "good.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
-    (tmp_path / "hard.jsonl").write_text("".join(f'{{"question": "{n}=", "answer": "{10**9 + n}"}}\n' for n in range(40)))
+    hard = [json.dumps({"question": f"{n}=", "answer": str(10**9 + n)}) + "\n" for n in range(40)]
+    (tmp_path / "hard.jsonl").write_text("".join(hard))
     assert erpd.main(arguments(**settings)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("erpd.py: ") and named in message and "Traceback" not in message

@@ -9,12 +9,12 @@ import torch
 
 from figures import frontier, speed
 
-ROWS = [{"policy": "base", "round": 1, "accuracy": 0.3, "accuracy_interval": [0.2, 0.4], "pass": 0.8, "samples": 64, "kl": 0.0,
-         "entropy": 0.03, "pass_rates": [0.1, 0.5]},
-        {"policy": "student on its way", "round": 1, "epoch": 2, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "pass": 0.9,
-         "samples": 4, "kl": 0.3, "entropy": 0.02},
-        {"policy": "ERPD student", "round": 1, "accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "pass": 0.97, "samples": 8,
-         "kl": 0.8, "entropy": 0.01}]
+ROWS = [{"policy": "base", "round": 1, "accuracy": 0.3, "accuracy_interval": [0.2, 0.4], "pass": 0.8, "samples": 64,
+         "kl": 0.0, "entropy": 0.03, "pass_rates": [0.1, 0.5]},
+        {"policy": "student on its way", "round": 1, "epoch": 2, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6],
+         "pass": 0.9, "samples": 4, "kl": 0.3, "entropy": 0.02},
+        {"policy": "ERPD student", "round": 1, "accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "pass": 0.97,
+         "samples": 8, "kl": 0.8, "entropy": 0.01}]
 
 
 def test_a_table_has_pass_at_8_only_where_there_are_8_samples():
@@ -26,7 +26,8 @@ def test_a_table_has_pass_at_8_only_where_there_are_8_samples():
 
 
 def run(*arguments, folder: Path):
-    return subprocess.run([sys.executable, frontier.__file__, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, frontier.__file__, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def test_several_runs_go_into_one_picture(tmp_path):

@@ -237,11 +237,13 @@ def test_token_stats_from_logits(ours_has_weight, reference_has_weight):
     """Mistake: a model whose logits are no h Wᵀ treated as if they were. It, or its reference, gives its logits
     instead."""
     torch.manual_seed(0)
-    hidden, weight, ids = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True), torch.randint(7, (9,))
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    ids = torch.randint(7, (9,))
     other, other_weight = torch.randn(9, 4), torch.randn(7, 4)
     theirs = naive_stats(hidden, weight, ids, 0.7, (other, other_weight))
-    ours = kl.token_stats(*(hidden, weight) if ours_has_weight else (hidden @ weight.T, None), ids, 0.7, with_entropy=True,
-                          reference=(other, other_weight) if reference_has_weight else (other @ other_weight.T, None), chunk=20)
+    policy = (hidden, weight) if ours_has_weight else (hidden @ weight.T, None)
+    reference = (other, other_weight) if reference_has_weight else (other @ other_weight.T, None)
+    ours = kl.token_stats(*policy, ids, 0.7, with_entropy=True, reference=reference, chunk=20)
     for mine, expected in zip(ours, theirs, strict=True):
         assert_relative(mine, expected)
     mine, expected = (torch.autograd.grad((x[0] + 2 * x[2]).sum(), (hidden, weight)) for x in (ours, theirs))
@@ -254,7 +256,8 @@ def test_token_stats_where_tokens_have_no_probability():
     logits = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log().repeat(2, 1).requires_grad_()
     other = torch.tensor([[0.0, 0.0, 0.0, -math.inf]]).repeat(2, 1)
     for chunk in (4, 100):
-        stats = kl.token_stats(logits, None, torch.tensor([0, 1]), with_entropy=True, chunk=chunk, reference=(other, None))
+        stats = kl.token_stats(logits, None, torch.tensor([0, 1]), with_entropy=True, chunk=chunk,
+                               reference=(other, None))
         torch.testing.assert_close(stats.log_prob.exp(), torch.tensor([0.5, 0.25]))
         torch.testing.assert_close(stats.entropy, torch.full((2,), 1.5 * math.log(2)))
         torch.testing.assert_close(stats.kl, torch.full((2,), math.log(3) - 1.5 * math.log(2)))
