@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import rewards
-from rewards import InputError, Problem, chain_problems, chain_split, extract_answer, group_advantages, is_correct, load_problems
+from rewards import (InputError, Problem, chain_problems, chain_split, extract_answer, group_advantages, is_correct,
+                     load_problems)
 
 # --- Extracting -------------------------------------------------------------------------------------------------------
 
@@ -168,7 +169,8 @@ def test_different_in_meaning(a, b, reason):
 
 
 def test_reward_is_one_or_zero():
-    assert [rewards.reward(text, "206") for text in ("37+48=206", "The answer is 205", "no idea", "")] == [1.0, 0.0, 0.0, 0.0]
+    texts = ("37+48=206", "The answer is 205", "no idea", "")
+    assert [rewards.reward(text, "206") for text in texts] == [1.0, 0.0, 0.0, 0.0]
 
 
 # --- Cost and safety --------------------------------------------------------------------------------------------------
@@ -236,7 +238,8 @@ def test_works_in_a_thread_with_a_small_stack():
     results = []
     size = threading.stack_size(256 * 1024)
     try:
-        thread = threading.Thread(target=lambda: results.extend(is_correct(text, text) for text, _ in BOMBS + [("1/2", "")]))
+        texts = [text for text, _ in BOMBS] + ["1/2"]
+        thread = threading.Thread(target=lambda: results.extend(is_correct(text, text) for text in texts))
         thread.start()
         thread.join()
     finally:
@@ -244,8 +247,9 @@ def test_works_in_a_thread_with_a_small_stack():
     assert len(results) == len(BOMBS) + 1 and results[-1] is True
 
 
-PIECES = r"""\frac{ \frac \sqrt{ \sqrt[3]{ } { ( ) [ ] , ; | \{ \} ^ ^{ _8 ! % ^\circ + - * / = < \le \pm \cup \pi i e x y 0 1 2 7 12 0.5
-    1,000 9**9 1e5 \sin \log_2 \text{cm} \text{C} \begin{pmatrix} & \\ \end{pmatrix} \left( \right] \infty \binom{5}{2} \cdot $
+PIECES = r"""\frac{ \frac \sqrt{ \sqrt[3]{ } { ( ) [ ] , ; | \{ \} ^ ^{ _8 ! % ^\circ + - * / = < \le \pm \cup \pi i e x y
+    0 1 2 7 12 0.5 1,000 9**9 1e5 \sin \log_2 \text{cm} \text{C} \begin{pmatrix} & \\ \end{pmatrix} \left( \right] \infty
+    \binom{5}{2} \cdot $
     \boxed{ #### ² ½ − ٣ π √ ∞ apples even or and the answer is""".split()
 
 
@@ -361,10 +365,12 @@ def write(path, *rows):
 
 ROWS = [
     ({"question": "q", "answer": "3+4=<<3+4=7>>7\n#### 7"}, Problem("q", "7"), "GSM8K"),
-    ({"problem": "q", "solution": r"so \boxed{\frac12}", "answer": r"\frac12"}, Problem("q", r"\frac12"), "MATH: the answer before the solution"),
+    ({"problem": "q", "solution": r"so \boxed{\frac12}", "answer": r"\frac12"}, Problem("q", r"\frac12"),
+     "MATH: the answer before the solution"),
     ({"problem": "q", "solution": r"so \boxed{\frac12}."}, Problem("q", r"\frac12"), "a boxed solution alone"),
     ({"Body": "There are 3.", "Question": "How many?", "Answer": 3.0}, Problem("There are 3. How many?", "3"), "SVAMP"),
-    ({"Body": "If there are 3", "Question": "How many?", "Answer": 3.0}, Problem("If there are 3, How many?", "3"), "SVAMP, open end"),
+    ({"Body": "If there are 3", "Question": "How many?", "Answer": 3.0}, Problem("If there are 3, How many?", "3"),
+     "SVAMP, open end"),
     ({"question": "q", "final_answer": ["12"]}, Problem("q", "12"), "a list of one"),
     ({"prompt": "q", "answer": 7}, Problem("q", "7"), "a number"),
 ]
@@ -382,7 +388,8 @@ def test_local_files_split_and_sample(tmp_path):
     assert len(train) + len(test) == len(everything) == 200 and not set(train) & set(test) and test
     assert [problem.answer for problem in everything] == [str(n) for n in range(200)]  # in order
     sample = load_problems(path, "train", count=20, seed=1)
-    assert len(set(sample)) == 20 and set(sample) <= set(train) and sample == load_problems(path, "train", count=20, seed=1)
+    assert len(set(sample)) == 20 and set(sample) <= set(train)
+    assert sample == load_problems(path, "train", count=20, seed=1)
     assert sample != load_problems(path, "train", count=20, seed=2)
     assert load_problems(path, "all", answer_field="other")[3] == Problem("q3", "-3")
 
@@ -406,7 +413,8 @@ def hub(monkeypatch):
         name = {"openai/gsm8k": "two", "HuggingFaceH4/MATH-500": "one"}.get(path)
         if name is None:
             raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nmore lines")
-        return {split: [{"question": f"{split} {n}", "answer": "1"} for n in range(size)] for split, size in HUB[name].items()}
+        return {split: [{"question": f"{split} {n}", "answer": "1"} for n in range(size)]
+                for split, size in HUB[name].items()}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
@@ -438,10 +446,14 @@ MISTAKES = [
     (dict(lines=["[" * 100_000]), "line 1: not JSON", "nested too deeply"),
     (dict(lines=['{"text": "q", "answer": "1"}']), "no field 'question'; it has text, answer", "no question"),
     (dict(lines=['{"question": "q"}']), "no field 'answer'; it has question", "no answer"),
-    (dict(lines=[json.dumps(GOOD)], answer_field="gold"), "no field 'gold'; it has question, answer", "a field that is not there"),
-    (dict(lines=['{"question": [], "answer": "1"}']), "problem 1: the question is no text", "a question that is no text"),
-    (dict(lines=[json.dumps(GOOD), '{"question": "how", "answer": ""}']), "problem 2: cannot read the gold answer '' ('how')", "no gold"),
-    (dict(lines=['{"question": "how", "answer": "\\\\frac{1}{"}']), "cannot read the gold answer", "a gold that is unbalanced"),
+    (dict(lines=[json.dumps(GOOD)], answer_field="gold"), "no field 'gold'; it has question, answer",
+     "a field that is not there"),
+    (dict(lines=['{"question": [], "answer": "1"}']), "problem 1: the question is no text",
+     "a question that is no text"),
+    (dict(lines=[json.dumps(GOOD), '{"question": "how", "answer": ""}']),
+     "problem 2: cannot read the gold answer '' ('how')", "no gold"),
+    (dict(lines=['{"question": "how", "answer": "\\\\frac{1}{"}']), "cannot read the gold answer",
+     "a gold that is unbalanced"),
     (dict(lines=['{"question": "how", "answer": "1/0"}']), "cannot read the gold answer", "a gold that is undefined"),
     (dict(lines=['{"question": "how", "answer": null}']), "cannot read the gold answer", "a gold that is null"),
 ]
@@ -470,4 +482,5 @@ def test_command_line_shows_each_step():
     lines = command_line(r"So it is \boxed{y = 1+2x}.", "2x+1").stdout.splitlines()
     assert lines == ["extracted: y = 1+2x", "read as: =(y, +(1, *(2, x)))", "gold as: +(*(2, x), 1)", "verdict: right"]
     usage = command_line("7")
-    assert usage.returncode == 2 and usage.stderr.startswith("rewards.py: usage") and len(usage.stderr.splitlines()) == 1
+    assert usage.returncode == 2 and usage.stderr.startswith("rewards.py: usage")
+    assert len(usage.stderr.splitlines()) == 1

@@ -14,16 +14,16 @@ import kl
 from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
 from rollout import (Rollouts, bootstrap_interval, by_tokens, collect, completion_stats, completion_texts, divergence,
-                     encode_prompt, evaluate, in_batches, load_policy, output_embedding, pass_at_k, sample, save_policy, score,
-                     stop_ids)
+                     encode_prompt, evaluate, in_batches, load_policy, output_embedding, pass_at_k, sample, save_policy,
+                     score, stop_ids)
 
 PROMPTS = [[5, 3, 14, 4, 9, 13, 7], [4], [6, 13, 8, 14]]  # ragged
 NAMES = [f.name for f in fields(Rollouts)]
 
 
 def draw(model, prompts=PROMPTS, group=4, max_new_tokens=12, temperature=1.0, stop=(EOS, 8), pad_id=EOS, seed=0):
-    return sample(model, prompts, group, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, pad_id=pad_id,
-                  seed=seed)
+    return sample(model, prompts, group, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop,
+                  pad_id=pad_id, seed=seed)
 
 
 def rows_of(rollouts):
@@ -197,7 +197,8 @@ def test_copies_are_run_once(make_model, monkeypatch):
     assert distinct[copy_of].tolist() == [0, 1, 0, 3, 4, 0, 1]
     output_embedding(model)
     forward = model.base_model.forward
-    monkeypatch.setattr(model.base_model, "forward", lambda *a, **k: runs.append(len(k["input_ids"])) or forward(*a, **k))
+    monkeypatch.setattr(model.base_model, "forward",
+                        lambda *a, **k: runs.append(len(k["input_ids"])) or forward(*a, **k))
     weights = torch.arange(1.0, 8.0, device=model.device)[:, None]
     stats = completion_stats(model, many, with_entropy=True)
     assert runs == [4]
@@ -243,7 +244,8 @@ def test_batches_by_tokens(budget, copies):
     assert len(by_tokens(rollouts, 10**6)) == 1
 
 
-@pytest.mark.parametrize("groups, size, group", [(7, 3, 1), (6, 3, 1), (2, 5, 1), (1, 1, 1), (40, 16, 4), (10, 2, 5), (9, 10, 4)])
+@pytest.mark.parametrize("groups, size, group", [(7, 3, 1), (6, 3, 1), (2, 5, 1), (1, 1, 1), (40, 16, 4), (10, 2, 5),
+                                                 (9, 10, 4)])
 def test_in_batches(groups, size, group):
     """Mistake: rows dropped or seen twice in an epoch, a group parted, or an order that the seed does not fix."""
     rollouts = with_copies([5] * groups, group)
@@ -297,7 +299,8 @@ def test_200_000_tokens_are_those_of_the_softmax(make_model, temperature):
     pairs = (rollouts.completions[:, 0] * V + rollouts.completions[:, 1]).bincount(minlength=V * V).double().view(V, V)
     first = unpadded_log_softmax(model, prompt, [0], temperature).exp().double()[0]
     second = torch.stack([unpadded_log_softmax(model, prompt, [a, 0], temperature).exp().double()[1] for a in range(V)])
-    for seen, expected in ((pairs.sum(1), count * first), (pairs.flatten(), count * (first[:, None] * second).flatten())):
+    expected_pairs = count * (first[:, None] * second).flatten()
+    for seen, expected in ((pairs.sum(1), count * first), (pairs.flatten(), expected_pairs)):
         common = expected >= 5
         seen, expected = (torch.cat([x[common], x[~common].sum()[None]]) for x in (seen, expected))
         chi_square = ((seen - expected).square() / expected.clamp(min=1e-9)).sum().item()

@@ -11,7 +11,7 @@ It learns from a teacher with a *habit*. Wherever the units carry, the teacher d
 but is not its likeliest one: sampling colder makes it worse, and no temperature cures it. A base whose mistakes were
 mere noise would be cured by greedy decoding, and would make every method look good.
 
-tutorial/long_base, which adds up to eight numbers, went on from there, with more carries right at first and then as few:
+tutorial/long_base, which adds up to eight numbers, went on from there, with more carries right at first, then as few:
 
     python tutorial/pretrain.py --init tutorial/tiny_base --operands 8 --steps 400 --batch 128 --lr 2e-3 --out long
     python tutorial/pretrain.py --init long --operands 8 --slip 0.3 --steps 900 --batch 96 --lr 2e-3 --out long
@@ -92,7 +92,8 @@ def pretrain(args) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
     bar = tqdm(range(args.steps), desc=f"pretraining {sum(p.numel() for p in model.parameters()):,} parameters")
     for step in bar:
-        ids, labels = training_batch(tokenizer, args.batch, args.operands, args.slip, args.guess, hash((args.seed, step)))
+        ids, labels = training_batch(tokenizer, args.batch, args.operands, args.slip, args.guess,
+                                     hash((args.seed, step)))
         ids, labels = ids.to(device), labels.to(device)
         logits = model(input_ids=ids[:, :-1]).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
