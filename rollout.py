@@ -294,8 +294,10 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     position = torch.arange(width) - (width - prompt_length)[:, None]
     attention, position = attention.long().to(device), position.clamp(min=0).to(device)
 
+    ragged = bool(prompt_length.min() < width)
+
     def mask(columns: int) -> Tensor | None:  # where nothing is padded, none: transformers would wait to see that
-        return attention[:, :columns] if prompt_length.min() < width else None
+        return attention[:, :columns] if ragged else None
 
     output = model(input_ids=left_padded, attention_mask=mask(width), position_ids=position, use_cache=True,
                    logits_to_keep=1)
@@ -326,7 +328,8 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     tokens, log_probs = tokens.cpu(), log_probs.cpu()
     ends = torch.isin(tokens, stop.cpu())
     length = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
-    ids = [torch.cat([torch.tensor(prompts[b // group]), tokens[b, :n]]) for b, n in enumerate(length.tolist())]
+    begun = [torch.tensor(p) for p in prompts]
+    ids = [torch.cat([begun[b // group], tokens[b, :n]]) for b, n in enumerate(length.tolist())]
     inside = torch.arange(int(length.max())) < length[:, None]
     return Rollouts(pad_sequence(ids, batch_first=True, padding_value=pad_id), prompt_length.repeat_interleave(group),
                     length, torch.where(inside, log_probs[:, :inside.shape[1]], 0.0), torch.full((total,), math.nan),
