@@ -237,8 +237,7 @@ def token_stats(hidden: Tensor, weight: Tensor | None, ids: Tensor, temperature:
     Equal to the definitions above, in value and gradient (tests/test_kl.py), with about `chunk` logits in memory.
     """
     vocabulary = hidden.shape[1] if weight is None else len(weight)
-    each = vocabulary if reference is None else 4 * vocabulary  # exact KL holds some four tensors more
-    rows = max(1, (chunk or CHUNK[hidden.device.type]) // each)
+    rows = max(1, (chunk or CHUNK[hidden.device.type]) // vocabulary)
     return TokenStats(*_InChunks.apply(hidden, weight, ids, temperature, with_entropy, reference, rows))
 
 
