@@ -302,7 +302,7 @@ def draw(rows: dict[str, dict]) -> None:
         reached = row["ratio"] <= row["goal"] if few else row["ratio"] >= row["goal"]
         axes.barh(y, row["ratio"], color="#009E73" if reached else "#D55E00", height=0.6)
         axes.plot([row["goal"]] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2)
-        axes.text(row["ratio"] * 1.03, y, f"{row['ratio']:.2f}×{' as many operations' * few}", va="center", fontsize=8)
+        axes.text(1.04 * max(row["ratio"], row["goal"]), y, f"{row['ratio']:.2f}×{' as many operations' * few}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row["what"] for row in rows.values()], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="grey", linewidth=1, linestyle=":")
