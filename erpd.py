@@ -6,13 +6,13 @@
 One round, with π_0 the policy it starts from (`one_round` below says the same in code):
 
 1. *Rollouts.* Sample a batch of completions from π_0, once, and judge them.
-2. *Explore.* Squeeze a copy of π_0 on that fixed batch, for many epochs and under weak constraints, until it drifts:
+2. *Explore.* Squeeze a copy of π_0 on that fixed batch, in many passes and under weak constraints, until it drifts:
    the extreme region policy π_T. The same loss with reversed targets gives the unlearned policy π_U, which is worse.
 3. *Signal.* Both become supervision: a log-ratio δ_t at every stored token. Then they are thrown away.
 4. *Distil.* Starting again from π_0, learn from δ_t on the same batch inside a trust region, with a KL budget.
 5. *Next round.* π_0 ← the student, with new problems.
 
-Beside PPO or GRPO: one batch serves many epochs, and π_old, which sampled it, never moves. The explorer has no KL term
+Beside PPO or GRPO: one batch serves many passes, and π_old, which sampled it, never moves. The explorer has no KL term
 and no clip that closes. Only its opinion of the stored tokens is used, never itself, so that it may be worse than π_0.
 That opinion is the distiller's advantage, token by token: no critic, and no outcome. And the distiller's KL is exact,
 with a coefficient that follows from the KL you are willing to spend.
@@ -73,35 +73,35 @@ class Config:
     seed: int = option(0, "seeds the problems, the sampling and the training", zero=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
 
-    problems: int = option(256, "problems a round, P", 1000)
+    problems: int = option(64, "problems a round, P", 1000)
     group: int = option(16, "completions a problem, G", 16)
     max_new_tokens: int = option(64, "longest completion, tokens", 32768)
     temperature: float = option(1.0, "sampling temperature; every log-prob is taken at it")
-    rounds: int = option(1, "rounds; each starts from the last one's student, with new problems", 6)
+    rounds: int = option(4, "rounds; each starts from the last one's student, with new problems", 6)
     test_problems: int = option(256, "held-out problems of the evaluations")
     test_samples: int = option(8, "completions a held-out problem in the final table: accuracy is avg@k")
     curve_samples: int = option(4, "the same for the checkpoints on the way; 0 leaves them out", zero=True)
     limit_samples: int = option(64, "the same for the base; from 64 on the figure shows the least KL needed", zero=True)
 
     loss: str = option("sapo", f"the explorer's: one of {', '.join(LOSSES)}; several teachers as sapo:1,nll:0.5", "mse")
-    explore_epochs: int = option(16, "passes of the explorer over the stored batch")
+    explore_updates: int = option(256, "updates of the explorer, in passes over the stored batch")
     explore_lr: float = option(3e-5, "its learning rate", 1e-6)
-    explore_batch: int = option(256, "completions an update, in whole groups", 256)
+    explore_batch: int = option(64, "completions an update, in whole groups", 256)
     advantage: str = option("std", "group advantage Â: std, mean (not divided), loo (leave one out)")
     beta: float = option(1.0, "scale β of the sequence log-ratio in ce and mse")
     clip_low: float = option(0.2, "ε_low of the loss clip and of grpo", zero=True)
     clip_high: float = option(0.28, "ε_high of the same", zero=True)
     kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) term added to the explorer's loss", zero=True)
     unlearn_loss: str = option("mse", "the unlearned policy's loss, with reversed targets", "mse")
-    unlearn_epochs: int = option(4, "passes of the unlearned policy over the stored batch")
+    unlearn_updates: int = option(64, "updates of the unlearned policy, in batches like the explorer's")
 
     signal: str = option("contrast", "δ_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
-    distill_epochs: int = option(4, "passes of the distiller over the stored batch", 1)
+    distill_updates: int = option(256, "updates of the distiller, in passes over the stored batch")
     distill_lr: float = option(4e-4, "its learning rate, falling to 0", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
     distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of δ_t")
-    kl_budget: float = option(1.0, "KL(π_θ‖π_0) that the student may spend in a round, nats a completion")
+    kl_budget: float | str = option("auto", "KL(π_θ‖π_0) a round may spend, nats a completion; auto: from the limit")
     kl_start: float = option(1.0, "KL coefficient λ that the distiller starts with; the budget moves it")
     kl_rate: float = option(0.05, "rate of the dual ascent on log λ, per update", zero=True)
 
@@ -111,6 +111,11 @@ class Config:
     precision: str = option("auto", "fp32; bf16 (autocast over fp32 weights); auto: bf16 on CUDA")
 
     def __post_init__(self):
+        if self.kl_budget != "auto":
+            try:
+                self.kl_budget = float(self.kl_budget)
+            except ValueError:
+                raise InputError(f"--kl-budget {self.kl_budget!r} is no number: give nats a completion, or auto") from None
         for f in fields(self):
             value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
             if value not in CHOICES.get(f.name, (value,)):
@@ -173,25 +178,31 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
     return shown
 
 
-def updates(model, rollouts: Rollouts, size: int, epochs: int, seed: int, stage: str, watch: Callable) -> Iterator:
-    """(rows, share of all updates done before, what shows numbers) of each update; `watch` is called after an epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    passes = [in_batches(rollouts, size, generator) for _ in range(epochs)]
-    count, done = sum(map(len, passes)), 0
-    with tqdm(total=count, desc=stage, unit="update", leave=False) as bar:
+def passes(model, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable) -> Iterator:
+    """(rows, share of the updates done before, what shows numbers) of each update, in passes over the stored batch.
+
+    `watch` is called with update=… after 1/16, 1/8, 1/4, 1/2 and all of them.
+    """
+    generator, done = torch.Generator().manual_seed(seed), 0
+    with tqdm(total=updates, desc=stage, unit="update", leave=False) as bar:
         def show(numbers: dict) -> None:
             bar.set_postfix({name: f"{number:.3g}" for name, number in numbers.items()}, refresh=False)
 
-        for epoch, batches in enumerate(passes, 1):
-            for rows in batches:
-                yield rows, done / count, show
+        while done < updates:
+            for rows in in_batches(rollouts, size, generator)[:updates - done]:
+                yield rows, done / updates, show
                 done += 1
                 bar.update()
-            watch(stage, model, epoch=epoch)
+                if done in checkpoints(updates):
+                    watch(stage, model, update=done)
+
+
+def checkpoints(updates: int) -> set[int]:
+    return {updates >> k for k in range(5)}
 
 
 def unwatched(name: str, model, **about) -> None:
-    """Who watches is called with a policy's name, the policy, and epoch=… or step=… while it is on its way."""
+    """Who watches is called with a policy's name, the policy, and update=… while it is on its way."""
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: the explorer
@@ -224,9 +235,9 @@ def explorer_loss(name: str, log_prob: Tensor, part: Rollouts, advantage: Tensor
     raise ValueError(f"unknown loss {name!r}")
 
 
-def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss: str, epochs: int, seed: int = 0,
+def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss: str, updates: int, seed: int = 0,
             desc: str = "explorer", watch: Callable = unwatched, resume: tuple | None = None):
-    """Stage 1: many epochs of off-policy updates on the fixed batch, from π_0 = `base`; returns the policy it ends in.
+    """Stage 1: many off-policy updates on the fixed batch, from π_0 = `base`; returns the policy they end in.
 
     advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs, which are π_0's. `resume` is a (model,
     optimizer) to go on with instead.
@@ -242,7 +253,7 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
                        "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
     reference = base if config.kl_coef else None
-    for rows, _, show in updates(model, rollouts, config.explore_batch, epochs, seed, desc, watch):
+    for rows, _, show in passes(model, rollouts, config.explore_batch, updates, seed, desc, watch):
         some, its_advantage = rollouts.select(rows), advantage[rows, None]
         show(optimise(model, optimizer, some, its_advantage, objective, config, desc, reference))
     return model
@@ -281,7 +292,15 @@ def normalised(signal: Tensor, mask: Tensor, bound: float = math.inf) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------- stage 2: the distiller
 
-def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: int = 0, watch: Callable = unwatched):
+def round_budget(rollouts: Rollouts, config: Config) -> float:
+    """KL that the round may spend, nats a completion: as it was given, or `auto`, from the batch's own pass rates."""
+    if config.kl_budget != "auto":
+        return config.kl_budget
+    return kl.budget_from_limit(rollouts.rewards.view(-1, config.group).sum(1), config.group)
+
+
+def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Config, *, seed: int = 0,
+            watch: Callable = unwatched):
     """Stage 2: from π_0 again, learn from δ_t [B, T] on the same batch, inside a trust region; returns the student.
 
         maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ)
@@ -303,18 +322,18 @@ def distill(base, rollouts: Rollouts, signal: Tensor, config: Config, *, seed: i
         return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
     stage = "student on its way"
-    for rows, done, show in updates(model, rollouts, config.distill_batch, config.distill_epochs, seed, stage, watch):
+    for rows, done, show in passes(model, rollouts, config.distill_batch, config.distill_updates, seed, stage, watch):
         # The rate falls to 0: what the last updates of a constant one add is noise, and noise costs KL.
         optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - done)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         spent = kl.on_policy_kl(*(pad_sequence(column, batch_first=True) for column in zip(*seen))).item()
-        multiplier, coefficient = kl.dual_ascent(multiplier, spent, config.kl_budget, config.kl_rate)
+        multiplier, coefficient = kl.dual_ascent(multiplier, spent, budget, config.kl_rate)
         show(numbers | {"kl": spent, "lambda": coefficient})
         seen.clear()
     return model
 
 
-def within_budget(base, student, tokenizer, problems: Sequence[Problem], config: Config, seed: int = 0):
+def within_budget(base, student, tokenizer, problems: Sequence[Problem], budget: float, config: Config, seed: int = 0):
     """The student, moved back towards π_0 until its on-policy KL is within the budget; and that KL, nats a completion.
 
     The KL of a policy is known only from its own samples: a few fresh completions of at most 128 training problems for
@@ -325,7 +344,7 @@ def within_budget(base, student, tokenizer, problems: Sequence[Problem], config:
         rollouts = collect(policy, tokenizer, problems[:128], 4, seed=seed, desc="spending check", **config.sampling)
         return divergence(policy, base, rollouts, config.temperature, config.tokens_per_step)["kl"]
 
-    alpha, spent = kl.largest_step_within(measure, config.kl_budget)
+    alpha, spent = kl.largest_step_within(measure, budget)
     return kl.interpolated(base, student, alpha), spent
 
 
@@ -349,18 +368,18 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
     """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `folder` takes batch and signal."""
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, folder)
 
-    def drifted(name: str, rollouts: Rollouts, advantage: Tensor, loss: str, epochs: int) -> Tensor:
+    def drifted(name: str, rollouts: Rollouts, advantage: Tensor, loss: str, updates: int) -> Tensor:
         """log π(y_t|s_t) [B, T] of a policy explored until it drifts, which is dropped once it has scored the batch."""
-        model = explore(base, rollouts, advantage, config, loss=loss, epochs=epochs, seed=seed, desc=name, watch=watch)
+        model = explore(base, rollouts, advantage, config, loss=loss, updates=updates, seed=seed, desc=name, watch=watch)
         watch(name, model)
         return score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
 
     log_unlearned, log_teachers = None, [None]
     if config.signal != "teacher":  # the targets reversed: Â → −Â, r → 1 − r
         log_unlearned = drifted("unlearned policy", replace(rollouts, rewards=1 - rollouts.rewards), -advantage,
-                                config.unlearn_loss, config.unlearn_epochs)
+                                config.unlearn_loss, config.unlearn_updates)
     if config.signal != "unlearned":
-        log_teachers = [drifted(f"extreme region policy ({loss})", rollouts, advantage, loss, config.explore_epochs)
+        log_teachers = [drifted(f"extreme region policy ({loss})", rollouts, advantage, loss, config.explore_updates)
                         for loss, _ in config.teachers]
 
     signals = [token_signal(config.signal, rollouts.log_probs, teacher, log_unlearned) for teacher in log_teachers]
@@ -370,9 +389,10 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
     if folder:
         torch.save(signal, folder / "signal.pt")
 
-    student = distill(base, rollouts, signal, config, seed=seed, watch=watch)
-    student, spent = within_budget(base, student, tokenizer, problems, config, seed)
-    watch("ERPD student", student, kl_round=spent)
+    budget = round_budget(rollouts, config)
+    student = distill(base, rollouts, signal, budget, config, seed=seed, watch=watch)
+    student, spent = within_budget(base, student, tokenizer, problems, budget, config, seed)
+    watch("ERPD student", student, kl_round=spent, kl_budget=budget)
     return student
 
 
@@ -381,25 +401,27 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
 def direct(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int, watch: Callable, folder: Path):
     """A round of an explorer's loss by itself; returns the policy it ends in."""
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, folder)
-    return explore(base, rollouts, advantage, config, loss=config.method, epochs=config.explore_epochs, seed=seed,
+    return explore(base, rollouts, advantage, config, loss=config.method, updates=config.explore_updates, seed=seed,
                    desc=config.method, watch=watch)
 
 
 def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
          folder: Path | None = None):
-    """On-policy GRPO (2402.03300): `explore` with the clip loss, on fresh samples at every step; nothing is stored.
+    """On-policy GRPO (2402.03300): `explore` with the clip loss, on fresh samples at every update; nothing is stored.
 
     It sees every problem once, like a run of ERPD, so that both spend as many rollouts.
     """
     model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
     each = max(1, config.explore_batch // config.group)
-    for step, start in enumerate(tqdm(range(0, len(problems), each), desc="grpo", unit="step", leave=False), 1):
-        rollouts = collect(model, tokenizer, problems[start:start + each], config.group, seed=seed * 100_003 + step,
+    starts = range(0, len(problems), each)
+    for update, start in enumerate(tqdm(starts, desc="grpo", unit="update", leave=False), 1):
+        rollouts = collect(model, tokenizer, problems[start:start + each], config.group, seed=seed * 100_003 + update,
                            **config.sampling)
         advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
-        explore(base, rollouts, advantage, config, loss="clip", epochs=1, seed=step, resume=(model, optimizer),
+        explore(base, rollouts, advantage, config, loss="clip", updates=1, seed=update, resume=(model, optimizer),
                 desc=f"grpo, {rollouts.rewards.mean():.1%} right")
-        watch("grpo", model, step=step)
+        if update in checkpoints(len(starts)):
+            watch("grpo", model, update=update)
     return model
 
 
@@ -421,9 +443,8 @@ def run(config: Config) -> list[dict]:
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     def watch(round: int, name: str, model, samples: int = config.test_samples, **about) -> None:
-        """Evaluate a policy, on its way only after 1, 2, 4, 8 … epochs or steps. Its row is on disk at once."""
-        count = about.get("epoch", about.get("step", 0))
-        samples = samples if count == 0 else config.curve_samples if count & (count - 1) == 0 else 0
+        """Evaluate a policy, on its way with fewer samples. Its row is on disk at once."""
+        samples = config.curve_samples if "update" in about else samples
         if samples:
             numbers = evaluate(model, base, tokenizer, held_out, samples, seed=config.seed, desc=name,
                                tokens_per_step=config.tokens_per_step, **config.sampling)
@@ -449,8 +470,7 @@ def run(config: Config) -> list[dict]:
                          f"weights are in {folder / 'last_finite'})") from None
     finally:
         if rows:
-            budget = config.kl_budget if config.method == "erpd" else None
-            draw_frontier({config.method: rows}, folder / "frontier.png", budget)
+            draw_frontier({config.method: rows}, folder / "frontier.png")
     save_policy(policy, tokenizer, folder / "policy")
     return rows
 

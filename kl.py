@@ -12,6 +12,7 @@ From log-probs [..., V] everything is a line or two. What the vocabulary of a la
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -197,6 +198,11 @@ def interpolated(base, model, alpha: float):
     return between
 
 
+def smoothed(right: Tensor, samples: int) -> Tensor:
+    """Pass rates (c + ½)/(n + 1) [P] of c right completions in n: Jeffreys' prior, under which no problem is hopeless."""
+    return (right.double() + 0.5) / (samples + 1)
+
+
 def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[float]]:
     """The limit: (accuracies, KL): no policy has mean accuracy a for less KL(π‖π_0), in nats a completion.
 
@@ -209,6 +215,18 @@ def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[f
     q = p * tilt / (1 - p + p * tilt)
     divergence = sum(torch.special.xlogy(a, a) - torch.special.xlogy(a, b) for a, b in ((q, p), (1 - q, 1 - p)))
     return q.mean(1).tolist(), divergence.mean(1).tolist()
+
+
+def budget_from_limit(right: Tensor, group: int, share: float = 0.75, efficiency: float = 0.8) -> float:
+    """The KL of a round, nats a completion, from the right completions [P] of each problem in its stored batch.
+
+    It is the least that any policy needs to close `share` of the gap between the base's accuracy and 1, over the
+    efficiency that a student can be expected to have. So a round near 100 % spends little, and none of it on noise.
+    """
+    rates = smoothed(right, group)
+    accuracies, least = least_kl(rates, points=2000)
+    wanted = rates.mean().item() + share * (1 - rates.mean().item())
+    return least[bisect_left(accuracies, wanted)] / efficiency
 
 
 # ----------------------------------------------------------------- for large vocabularies: never all the logits at once

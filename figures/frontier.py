@@ -26,7 +26,7 @@ def table(rows: Sequence[dict], header: bool = True) -> str:
     lines = [f"{'policy':36} {'avg@k':>6}  {'95 % interval':15} {'k':>3} {'pass@8':>7} {'KL, nats/completion':>20} "
              f"{'entropy, nats/token':>20}"] if header else []
     for row in rows:
-        on_its_way = "".join(f", {unit} {row[unit]}" for unit in ("epoch", "step") if unit in row)
+        on_its_way = f", update {row['update']}" if "update" in row else ""
         low, high = row["accuracy_interval"]
         solved = f"{row['pass']:.1%}" if row["samples"] >= 8 else "–"
         lines.append(f"{row['policy'] + on_its_way:36} {row['accuracy']:6.1%}  {low:6.1%} – {high:6.1%} "
@@ -36,7 +36,7 @@ def table(rows: Sequence[dict], header: bool = True) -> str:
 
 def ends(rows: Sequence[dict]) -> list[dict]:
     """The rows of policies at the end of their stage."""
-    return [row for row in rows if not {"epoch", "step"} & row.keys()]
+    return [row for row in rows if "update" not in row]
 
 
 def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path, budget: float | None = None) -> None:

@@ -15,9 +15,9 @@ from rewards import InputError, chain_problems, group_advantages
 from rollout import Rollouts, collect, completion_stats, divergence, load_policy, score
 
 TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
-SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, test_problems=8, test_samples=2, curve_samples=1,
-             limit_samples=2, explore_epochs=2, unlearn_epochs=1, distill_epochs=1, explore_batch=32, distill_batch=32,
-             operands=3)
+SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=1, test_problems=8, test_samples=2, curve_samples=1,
+             limit_samples=2, explore_updates=4, unlearn_updates=2, distill_updates=2, explore_batch=32,
+             distill_batch=32, operands=3)
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,9 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
         config = Config(**SMALL, tokens_per_step=tokens_per_step, kl_coef=0.1)
         if what == "distill":
             signal = torch.sin(torch.arange(rollouts.mask.numel())).view_as(rollouts.mask)
-            model = erpd.distill(base, rollouts, signal, config)
+            model = erpd.distill(base, rollouts, signal, 1.0, config)
         else:
-            model = explored(base, rollouts, config, loss=what, epochs=1)
+            model = explored(base, rollouts, config, loss=what, updates=2)
         ends.append(weights(model) - weights(base))
     # Adam divides by the gradient's size, so an update of 1e-4 a weight is compared; rounding may turn a sign near
     # zero.
@@ -118,19 +118,19 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
 
 
 def test_the_distillers_rate_falls_to_zero_over_its_run_and_no_further(stage, monkeypatch):
-    """A schedule that counts epochs for updates, ends early, or goes on below zero."""
+    """A schedule that starts again with every pass, ends early, or goes on below zero."""
     base, _, _, rollouts = stage
     rates, update = [], erpd.optimise
     monkeypatch.setattr(erpd, "optimise", lambda model, optimizer, *a: rates.append(optimizer.param_groups[0]["lr"])
                         or update(model, optimizer, *a))
-    erpd.distill(base, rollouts, rollouts.mask, Config(**SMALL | {"distill_epochs": 2}, distill_lr=1e-3))
+    erpd.distill(base, rollouts, rollouts.mask, 1.0, Config(**SMALL | {"distill_updates": 4}, distill_lr=1e-3))
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
 def test_checkpointing_changes_no_update(stage):
     """Layers that are not run again, or that are but with other inputs."""
     base, tokenizer, problems, rollouts = stage
-    model, checkpointed = (explored(base, rollouts, Config(**SMALL, checkpointing=on), loss="mse", epochs=1)
+    model, checkpointed = (explored(base, rollouts, Config(**SMALL, checkpointing=on), loss="mse", updates=2)
                            for on in (0, 1))
     torch.testing.assert_close(weights(checkpointed), weights(model))
     again, _ = erpd.trainable(checkpointed, 1e-4, True)  # a further round's
@@ -147,9 +147,9 @@ def test_stages_leave_base_and_batch_as_they_were(stage):
     base, _, _, rollouts = stage
     before, stored = weights(base), rollouts.log_probs.clone()
     config = Config(**SMALL)
-    explorer = explored(base, rollouts, config, loss="sapo", epochs=2)
+    explorer = explored(base, rollouts, config, loss="sapo", updates=4)
     teacher = score(explorer, rollouts)
-    student = erpd.distill(base, rollouts, erpd.token_signal("teacher", rollouts.log_probs, teacher, None), config)
+    student = erpd.distill(base, rollouts, erpd.token_signal("teacher", rollouts.log_probs, teacher, None), 1.0, config)
     assert torch.equal(weights(base), before) and torch.equal(rollouts.log_probs, stored)
     assert not torch.equal(weights(explorer), before) and not torch.equal(weights(student), before)
     torch.testing.assert_close(score(base, rollouts), stored, atol=1e-4, rtol=0)
@@ -161,7 +161,7 @@ def test_explorer_raises_right_completions_and_the_unlearned_policy_wrong_ones(s
     right = rollouts.rewards.bool()
 
     def gain(advantage, rewards):
-        model = erpd.explore(base, replace(rollouts, rewards=rewards), advantage, Config(**SMALL), loss="mse", epochs=3)
+        model = erpd.explore(base, replace(rollouts, rewards=rewards), advantage, Config(**SMALL), loss="mse", updates=6)
         change = (score(model, rollouts) - rollouts.log_probs).sum(1)
         return (change[right].mean() - change[~right].mean()).item()
 
@@ -240,11 +240,10 @@ def test_several_teachers_count_by_their_weights_and_not_by_their_drift():
 def test_student_stays_within_its_budget_on_its_own_samples(stage):
     """KL on the stored batch flatters: the budget is kept on fresh samples of the student."""
     base, tokenizer, problems, rollouts = stage
-    config = Config(**SMALL | {"distill_epochs": 8, "distill_batch": 8}, distill_lr=1e-3, kl_start=1e-3, kl_rate=0.0,
-                    kl_budget=0.1)
+    config = Config(**SMALL | {"distill_updates": 64, "distill_batch": 8}, distill_lr=1e-3, kl_start=1e-3, kl_rate=0.0)
     signal = (rollouts.rewards * 2 - 1)[:, None] * rollouts.mask
-    wild = erpd.distill(base, rollouts, signal, config)
-    kept, spent = erpd.within_budget(base, wild, tokenizer, problems, config)
+    wild = erpd.distill(base, rollouts, signal, 0.1, config)
+    kept, spent = erpd.within_budget(base, wild, tokenizer, problems, 0.1, config)
     fresh = collect(kept, tokenizer, problems, 64, seed=9, **config.sampling)
     measured = divergence(kept, base, fresh)["kl"]
     unchecked = divergence(wild, base, collect(wild, tokenizer, problems, 8, seed=9, **config.sampling))["kl"]
@@ -255,7 +254,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_finite_weights(stage):
     base, _, _, rollouts = stage
     broken = replace(rollouts, log_probs=torch.full_like(rollouts.log_probs, math.nan))
     with pytest.raises(FloatingPointError) as stopped:
-        explored(base, broken, Config(**SMALL), loss="sapo", epochs=1)
+        explored(base, broken, Config(**SMALL), loss="sapo", updates=2)
     stage, model = stopped.value.args
     assert stage == "explorer" and torch.equal(weights(model), weights(base))
 
@@ -273,8 +272,8 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert erpd.main(arguments(run="whole", rounds=2, kl_budget=0.5)) == 0
     folder = tmp_path / "runs" / "whole"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    ends = [row["policy"] for row in rows if "epoch" not in row]
-    assert "student on its way" in {row["policy"] for row in rows if "epoch" in row}
+    ends = [row["policy"] for row in rows if "update" not in row]
+    assert "student on its way" in {row["policy"] for row in rows if "update" in row}
     assert ends == ["base"] + ["unlearned policy", "extreme region policy (sapo)", "ERPD student"] * 2
     assert rows[0]["kl"] == 0 and all(row["kl"] > 0 for row in rows[1:])
     assert all(row["kl_round"] <= 0.5 for row in rows if row["policy"] == "ERPD student")
@@ -300,7 +299,7 @@ def test_several_teachers_run_and_the_seed_decides_everything(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     written = []
     for run in ("one", "two"):
-        several = arguments(run=run, loss="mse:1,nll:0.5", signal="teacher", explore_epochs=1, device="cpu")
+        several = arguments(run=run, loss="mse:1,nll:0.5", signal="teacher", explore_updates=2, device="cpu")
         assert erpd.main(several) == 0
         written.append((tmp_path / "runs" / run / "metrics.jsonl").read_text())
     assert written[0] == written[1]
@@ -320,6 +319,7 @@ WRONG = [
     (dict(group=1), "--group 1"),
     (dict(kl_budget=0), "--kl-budget"),
     (dict(kl_budget="nan"), "--kl-budget"),
+    (dict(kl_budget="much"), "much"),
     (dict(problems="many"), "many"),
     (dict(loss="mse:1,nll:much"), "mse:1,nll:much"),
     (dict(template="no place"), "no place"),
@@ -329,7 +329,6 @@ WRONG = [
     (dict(explore_lr=1e30), "last_finite"),
     (dict(explore_lr="inf"), "--explore-lr"),
     (dict(loss="sapo:0.5"), "sapo:0.5"),
-
     (dict(device="tpu"), "tpu"),
 ]
 

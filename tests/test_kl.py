@@ -490,3 +490,12 @@ def test_least_kl_by_hand():
     for a, least in zip(*kl.least_kl(torch.tensor([0.5]), points=9)):
         entropy = Categorical(torch.tensor([a, 1 - a], dtype=torch.float64)).entropy().item()
         assert least == pytest.approx(math.log(2) - entropy, abs=1e-6)
+
+
+def test_a_rounds_budget_by_hand():
+    """Mistake: rates of 0 and 1, under which a problem is hopeless or done; the share taken of 1, not of what is left."""
+    half = kl.budget_from_limit(torch.full((4,), 8), 16)  # p̃ = 8½/17 = ½, so q = ⅞ is asked for
+    assert half == pytest.approx((7 / 8 * math.log(7 / 4) + 1 / 8 * math.log(1 / 4)) / 0.8, rel=0.01)
+    torch.testing.assert_close(kl.smoothed(torch.tensor([0, 16]), 16), torch.tensor([1 / 34, 33 / 34]).double())
+    never, rarely, mostly, always = (kl.budget_from_limit(torch.full((64,), c), 16) for c in (0, 2, 14, 16))
+    assert never > rarely > half > mostly > always > 0 and always < 0.03
