@@ -2,57 +2,60 @@
 
     python figures/claims.py                # runs what is missing, draws the figures, prints the verdicts
     python figures/claims.py --only         # draws and judges what is there
-    # draws, and runs one seed at a tenth of the size in a scratch folder: 3 minutes
-    python figures/claims.py --quick      
-    python figures/claims.py --model path/to/SmolLM2-135M-Instruct      # the small frontier of a language model, too
+    python figures/claims.py --quick        # draws, and runs one seed at a tenth of the size in a scratch folder
+    python figures/claims.py --model path/to/SmolLM2-135M-Instruct      # a language model's small frontier, too
 
-Everything is measured on 256 held-out problems × 8 samples of the policy's own (4 on an explorer's way), KL(π‖π_0) is exact,
-in nats a completion. Intervals are 95 %, Student's t over seeds; every seed has other problems, samples and training. The
-statistics and thresholds below were fixed before the results were known, but for two that say so; all of it was measured again,
-by the same ones, when updates began to hold whole groups. A statistic is met when its whole interval is on
-the right side of its threshold; a claim holds when all its statistics are met, holds in part when some are, and does not
-hold when none is.
+Everything is measured on 256 held-out problems × 8 samples of the policy's own (4 or 2 on a direct method's way),
+KL(π‖π_0) is exact, in nats a completion. Intervals are 95 %, Student's t over seeds; every seed has other problems,
+samples and training. The statistics and thresholds below were fixed before the results were known. A statistic is met
+when its whole interval is on the right side of its threshold; a claim holds when all its statistics are met, holds in
+part when some are, and does not hold when none is.
 
-Stages: `64 prompts` (64 problems × 16 completions, all methods, 5 seeds), `256 prompts` (the default run's settings, with SAPO
-and cross-entropy beside it, 3 seeds), and cells of the map, 2 seeds with 128 held-out problems: 16 prompts; problems with 3,
-with 2 and with at most 1 carry, where the base is right about 5, 15 and 60 % of the time; chains of 2 and of 8 operands.
+Stages: `main` (chains of 4 operands, where the base is right about a third of the time) and `rare` (8 operands, about
+8 %), 64 problems × 16 completions with all methods; and cells of the map, 3 seeds with 128 held-out problems: 256 and
+16 prompts, 2 operands, and problems with 3, with 2 and with at most 1 carry.
 
-A *path* is what one setting of a method leads through: checkpoints by epoch, students by budget, interpolations by share.
-A *level* is an accuracy 1/3, 1/2 or 2/3 of the way from the base's to 1. The KL of a method at a level is the least at which
-any of its paths reaches it; between two points of a path, accuracy goes linearly with √KL, since KL is quadratic in the
-distance from the base. *KL efficiency* is the KL of the limit (kl.least_kl) over that; 0 where no path gets there.
+A *path* is what one setting of a method leads through: checkpoints, students by budget, interpolations by share. A
+direct method is measured whenever its updates have doubled, until its accuracy has stopped rising: after 256 updates
+or more (512 for cross-entropy; 2,048 at most) it is not above its last checkpoint's interval. A *level* is an
+accuracy 1/3, 1/2, 2/3 or 5/6 of the way from the base's to 1. The KL of a method at a level is the least at which any
+of its paths reaches it; between two points of a path, accuracy goes linearly with √KL, since KL is quadratic in the
+distance from the base. *KL efficiency* is the KL of the limit (kl.least_kl, of pass rates with Jeffreys' prior) over
+that. Two methods are compared at the levels that both reach, seed by seed, where that is so on at least 3 seeds. The
+*ceiling*, the best accuracy on any path, is a statistic of its own, and a level that is not reached counts for
+nothing else.
 
 C1  Many off-policy steps on fixed data: fast rise, early plateau, entropy collapse, KL that keeps growing.
-    The default SAPO explorer (learning rate 3e-5), 16 epochs, at 64 prompts:
-    (a) best accuracy of epochs 1–4, less the base's > 0.10      (b) best accuracy less the last > 0.05
-    (c) KL at the last epoch over KL at the best > 2             (d) entropy at the last epoch over the base's < 0.5
-C2  A tighter constraint lowers the ceiling without curing the degradation. 64 prompts:
-    (a) best accuracy of SAPO, all rates, less that of clipping with KL penalty 1.0 > 0
-    (b) the same for clipping alone > 0
-    (c) KL efficiency of the last checkpoint of 16 clipped epochs over the best on its way < 0.5
-    (d) the same with the KL penalty 0.2, 8 epochs < 0.5
+    The SAPO explorer (learning rate 3e-5), 256 updates at least, on `main`:
+    (a) best accuracy of the first 64 updates, less the base's > 0.10      (b) best accuracy less the last > 0.05
+    (c) KL at the last update over KL at the best > 2             (d) entropy at the last update over the base's < 0.5
+C2  A tighter constraint lowers the ceiling without curing the degradation. `main`:
+    (a) ceiling of SAPO less that of clipping with KL penalty 1.0 > 0      (b) the same for clipping alone > 0
+    (c) KL efficiency of the last clipped checkpoint over the best on its way < 0.5
+    (d) the same with KL penalty 0.2 < 0.5
 C3  The student is as accurate for a fraction of the KL, and at equal KL at least as good as every direct method.
-    At 64 and at 256 prompts:
-    (a) KL at which ERPD's ladder reaches its own explorer's best accuracy, over the explorer's KL there < 1/3; at 64 prompts
-        for a faster explorer (learning rate 1e-4) and its students, too
-    (b) the ceiling: best accuracy of the ladder less the best of each constrained direct method (clip, clip + KL) > 0
-    (c) KL efficiency at each level ≥ 0.7, and 0.85 at the best level
-    (d) efficiency less that of every opponent, at each level > 0 (the closest opponent is named)
-    (e) the same for `weights: erpd`, the student of the last budget with its weights moved back towards the base as the
-        opponents' are; added after two seeds
-C4  A weak or degenerate teacher still makes a better student. 64 prompts, budget 0.5:
+    On `main` and on `rare`, students of the contrast with SAPO's explorer after 256 updates, at a ladder of budgets:
+    (a) KL at which they reach their explorer's best accuracy, over the explorer's KL there < 1/3
+    (b) ceiling less that of each constrained direct method (clip, clip + KL) > 0
+    (c) KL efficiency at each level, reached on every seed, > 0.7; and at the best level > 0.85
+    (d) efficiency less that of every opponent, at each level that both reach > 0 (the closest opponent is named)
+    (e) ceiling less that of every opponent > 0 (the closest is named)
+C4  A weak or degenerate teacher still makes a better student. `main` and `rare`, at the ladder's second budget:
     (a) student of the unlearned policy: accuracy less the base's > 0.10       (b) less its teacher's > 0
-    (c), (d) the same for the contrast with the explorer after its last epoch
-    (e) KL efficiency of the default student less that of the control, Â in place of δ_t, at the middle level > 0
-C5  Several teachers beat one. 64 prompts, budget 0.5: KL efficiency at the accuracy reached, sapo + mse + nll by contrast,
-    less that of each of the three alone > 0
-C6  Gains continue over rounds, also where on-policy GRPO has flattened. 64 prompts:
-    (a) accuracy of round 2 less round 1 > 0     (b) round 3 less round 2 > 0
-    (c) gain of one ERPD round from the end of GRPO with 8× the rollouts, less GRPO's gain over its last half > 0
-    `C6, small` is the same with budgets of 0.5 a round and 0.25 after GRPO instead of the default 1, added after two seeds had
-    shown that a second round with the default's budget spends it on noise.
-C7  Stage 2 costs no generation. 64 prompts: rollouts until the upper level is reached, ERPD's over GRPO's < 1/2 (a
-    GRPO that never gets there counts with all its rollouts)
+    (c), (d) the same for the contrast with the explorer after 256 updates
+    (e) KL efficiency of the student less that of the control, Â in place of δ_t, 1/2 of the way > 0
+C5  Several teachers beat one. `main` and `rare`, same budget: KL efficiency at the accuracy reached, sapo + mse + nll
+    by contrast, less that of each of the three alone > 0
+C6  Gains continue over rounds, also where on-policy GRPO has flattened. `main` and `rare`, 4 rounds with --kl-budget auto:
+    (a) accuracy of round k + 1 less round k > 0, k = 1, 2, 3
+    (b) accuracy after 4 rounds less GRPO's with twice as many rollouts > 0
+    (c) the same less expert iteration's under the same budgets (cross-entropy on the right completions, 384 updates,
+        weights moved back) > −0.01: not worse by a point
+    (d) gain of one round of ERPD from GRPO's end > 0
+C7  Stage 2 costs no generation: rollouts until 2/3 of the way, ERPD's over GRPO's < 1/2 (a GRPO that never gets there
+    counts with all its rollouts). `main` and `rare`
+C8  The token signal, not the trust region alone. `rare`: the student less the control, Â in place of δ_t, with the same
+    updates and the ladder's third budget: (a) accuracy > 0.20       (b) KL efficiency at the accuracy reached > 0.3
 """
 
 import argparse
@@ -63,7 +66,7 @@ import random
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,14 +79,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from figures import claims_figures, experiments  # noqa: E402
 from figures.experiments import Stage, erpd  # noqa: E402
-from figures.outcomes import Outcome, mean_interval, outcomes  # noqa: E402
+from figures.outcomes import LEVELS, Outcome, mean_interval, outcomes  # noqa: E402
 
 RESULTS, SCRATCH = HERE / "results" / "claims.jsonl", Path("runs") / "claims"
+VERDICTS = HERE / "results" / "verdicts.json"
 EMBEDDED = str(HERE.parent / "tutorial" / "tiny_base")
 LONG_BASE = str(HERE.parent / "tutorial" / "long_base")  # the same, taught to add eight numbers
-CONSTRAINED = ("clip", "clip + KL 0.05", "clip + KL 0.2", "clip + KL 1")
-OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temperature",
-             *(f"{kind}: {loss}" for kind in ("weights", "logits") for loss in ("sapo", "mse", "nll")))
+CONSTRAINED = ("clip", "clip + KL 0.2", "clip + KL 1")
+OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temperature", "weights: sapo", "weights: mse",
+             "weights: nll", "logits: nll")
 
 
 # --------------------------------------------------------------------------------------------------------- the verdicts
@@ -91,9 +95,10 @@ OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temp
 class Statistic(NamedTuple):
     claim: str
     what: str
-    values: list[float]  # by seed
+    values: list[float]  # by seed; NaN where a seed has none
     above: bool  # which side of the threshold is asked for
     threshold: float
+    every_seed: bool = True  # False: seeds without a value are left out
 
     def interval(self) -> tuple[float, float]:
         """(mean, half the width of its 95 % interval over seeds)."""
@@ -101,117 +106,138 @@ class Statistic(NamedTuple):
 
     def met(self) -> bool:
         mean, half = self.interval()
-        return mean - half > self.threshold if self.above else mean + half < self.threshold
+        complete = not (self.every_seed and any(map(math.isnan, self.values)))
+        return complete and (mean - half > self.threshold if self.above else mean + half < self.threshold)
+
+    @property
+    def seeds(self) -> int:
+        return sum(not math.isnan(value) for value in self.values)
+
+
+def peak(rows: list[dict]) -> dict:
+    return max(rows, key=lambda row: row["accuracy"])
 
 
 def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     """Every statistic of the docstring, from the outcomes of all seeds of a stage."""
     found: list[Statistic] = []
-    few, many = by_stage.get("64 prompts", []), by_stage.get("256 prompts", [])
+    for stage in ("main", "rare"):
+        found += of_stage(stage, [o for o in by_stage.get(stage, []) if o.of("erpd")])
+    return sorted(found, key=lambda s: s.claim)
 
-    def ask(claim: str, what: str, value: Callable[[Outcome], float], above: bool, threshold: float, of=None) -> None:
-        if of or few:
-            found.append(Statistic(claim, what, [value(outcome) for outcome in of or few], above, threshold))
 
-    def peak(rows: list[dict]) -> dict:
-        return max(rows, key=lambda row: row["accuracy"])
+def of_stage(stage: str, outcomes: list[Outcome]) -> list[Statistic]:
+    found: list[Statistic] = []
 
-    ask("C1", "a  best accuracy of epochs 1–4 less the base's",
-        lambda o: peak([r for r in o.explorer() if r["at"] <= 4])["accuracy"] - o.base, True, 0.10)
-    ask("C1", "b  best accuracy less the last",
-        lambda o: peak(o.explorer())["accuracy"] - o.explorer()[-1]["accuracy"], True, 0.05)
-    ask("C1", "c  KL at the last epoch over KL at the best", lambda o: o.explorer()[-1]["kl"] / peak(o.explorer())["kl"], True, 2)
-    ask("C1", "d  entropy at the last epoch over the base's", lambda o: o.explorer()[-1]["entropy"] / o.entropy, False, 0.5)
+    def ask(claim: str, what: str, value: Callable[[Outcome], float], above: bool, threshold: float,
+            needs: tuple[str, ...] = ()) -> None:
+        """A statistic of the seeds that have the methods that it needs: a run that was stopped has not all of them."""
+        some = [o for o in outcomes if all(o.of(method) for method in needs)]
+        if some:
+            found.append(Statistic(f"{claim}, {stage}", what, [value(o) for o in some], above, threshold))
 
-    ask("C2", "a  best of SAPO less best of clip + KL 1", lambda o: o.best("sapo") - o.best("clip + KL 1"), True, 0)
-    ask("C2", "b  best of SAPO less best of clip", lambda o: o.best("sapo") - o.best("clip"), True, 0)
+    def closest(claim: str, what: str, value: Callable[[Outcome, str], float]) -> None:
+        """The opponent over which the lead is smallest, of those that can be compared on enough seeds."""
+        leads = {}
+        for method in OPPONENTS:
+            values = [value(o, method) for o in outcomes if o.of(method)]
+            if sum(not math.isnan(v) for v in values) >= min(3, len(outcomes)) and values:
+                leads[method] = values
+        if leads:
+            first = min(leads, key=lambda method: mean_interval(leads[method])[0])
+            found.append(Statistic(f"{claim}, {stage}", f"{what} ({first})", leads[first], True, 0, every_seed=False))
 
     def kept(o: Outcome, rows: list[dict]) -> float:
         best = max(o.worth(row) for row in rows)
         return o.worth(rows[-1]) / best if best else math.nan  # none of them better than the base
 
-    ask("C2", "c  efficiency of clip, last epoch over best", lambda o: kept(o, o.explorer("clip")), False, 0.5)
-    ask("C2", "d  efficiency of clip + KL 0.2, last epoch over best",
-        lambda o: kept(o, o.explorer("clip + KL 0.2")), False, 0.5)
+    if stage == "main":
+        ask("C1", "a  best accuracy of 64 updates less the base's",
+            lambda o: peak([r for r in o.explorer() if r["at"] <= 64])["accuracy"] - o.base, True, 0.10)
+        ask("C1", "b  best accuracy less the last",
+            lambda o: peak(o.explorer())["accuracy"] - o.explorer()[-1]["accuracy"], True, 0.05)
+        ask("C1", "c  KL at the last update over KL at the best",
+            lambda o: o.explorer()[-1]["kl"] / peak(o.explorer())["kl"], True, 2)
+        ask("C1", "d  entropy at the last update over the base's",
+            lambda o: o.explorer()[-1]["entropy"] / o.entropy, False, 0.5)
+        for letter, method in (("a", "clip + KL 1"), ("b", "clip")):
+            ask("C2", f"{letter}  ceiling of sapo less that of {method}",
+                lambda o, method=method: o.best("sapo") - o.best(method), True, 0, (method,))
+        for letter, method in (("c", "clip"), ("d", "clip + KL 0.2")):
+            ask("C2", f"{letter}  efficiency of {method}, last update over best",
+                lambda o, method=method: kept(o, o.explorer(method)), False, 0.5, (method,))
 
-    for size, outcomes in (("64", few), ("256", many)):
-        claim = f"C3, {size} prompts"
-        if not outcomes:
-            continue
-        for method, lr in [("erpd", 3e-5)] + [("erpd, faster explorer", 1e-4)] * (size == "64"):
-            ask(claim, f"a  student's KL over its explorer's (lr {lr:g}), at the explorer's best",
-                lambda o, method=method, lr=lr: o.kl_at(method, peak(o.explorer(lr=lr))["accuracy"])
-                / peak(o.explorer(lr=lr))["kl"], False, 1 / 3, outcomes)
-        for method in CONSTRAINED:
-            if outcomes[0].of(method):
-                ask(claim, f"b  ceiling: best student less best of {method}",
-                    lambda o, method=method: o.best("erpd") - o.best(method), True, 0, outcomes)
-        for k, name in enumerate(("1/3", "1/2", "2/3")):
-            ask(claim, f"c  KL efficiency {name} of the way",
-                lambda o, k=k: o.efficiency("erpd", o.levels[k]), True, 0.7, outcomes)
-        ask(claim, "c  KL efficiency at the best level",
-            lambda o: max(o.efficiency("erpd", a) for a in o.levels), True, 0.85, outcomes)
-        for way in ("erpd", "weights: erpd"):
-            for k, name in enumerate(("1/3", "1/2", "2/3") if all(o.of(way) for o in outcomes) else ()):
-                leads = {method: [o.efficiency(way, o.levels[k]) - o.efficiency(method, o.levels[k]) for o in outcomes]
-                         for method in OPPONENTS if outcomes[0].of(method)}
-                closest = min(leads, key=lambda method: mean_interval(leads[method])[0])
-                what = f"{'de'[way != 'erpd']}  {name} of the way, {way} less the closest opponent ({closest})"
-                found.append(Statistic(claim, what, leads[closest], True, 0))
+    ask("C3", "a  student's KL over its explorer's, at the explorer's best",
+        lambda o: o.kl_at("erpd", peak(o.explorer())["accuracy"]) / peak(o.explorer())["kl"], False, 1 / 3)
+    for method in CONSTRAINED:
+        ask("C3", f"b  ceiling less that of {method}",
+            lambda o, method=method: o.best("erpd") - o.best(method), True, 0, (method,))
+    for k, name in enumerate(LEVELS):
+        ask("C3", f"c  KL efficiency {name} of the way", lambda o, k=k: o.efficiency("erpd", o.levels[k]), True, 0.7)
+    ask("C3", "c  KL efficiency at the best level",
+        lambda o: max((e for a in o.levels if math.isfinite(e := o.efficiency("erpd", a))), default=math.nan),
+        True, 0.85)
+    for k, name in enumerate(LEVELS):
+        closest("C3", f"d  {name} of the way, less the closest",
+                lambda o, method, k=k: o.efficiency("erpd", o.levels[k]) - o.efficiency(method, o.levels[k]))
+    closest("C3", "e  ceiling less the closest's", lambda o, method: o.best("erpd") - o.best(method))
 
-    def student(o: Outcome, path: str, **more) -> dict:
-        return o.one("student", path=path, **more)
+    def student(o: Outcome, path: str) -> dict:
+        return max(o.of("student", path=path), key=lambda row: row["at"])
 
-    last = max((row["at"] for o in few for row in o.explorer()), default=16)
+    needs = ("student", "unlearned")
     ask("C4", "a  student of the unlearned policy less the base",
-        lambda o: student(o, "unlearned")["accuracy"] - o.base, True, 0.10)
+        lambda o: student(o, "unlearned")["accuracy"] - o.base, True, 0.10, needs)
     ask("C4", "b  … less its teacher",
-        lambda o: student(o, "unlearned")["accuracy"] - max(o.of("unlearned"), key=lambda r: r["at"])["accuracy"], True, 0)
-    ask("C4", "c  student of the explorer after its last epoch less the base",
-        lambda o: student(o, "sapo, contrast", at=last)["accuracy"] - o.base, True, 0.10)
-    ask("C4", "d  … less its teacher",
-        lambda o: student(o, "sapo, contrast", at=last)["accuracy"] - o.explorer()[-1]["accuracy"], True, 0)
-    ask("C4", "e  efficiency at 1/2, less that of Â in place of δ_t",
-        lambda o: o.efficiency("erpd", o.levels[1]) - o.efficiency("control", o.levels[1]), True, 0)
-
+        lambda o: student(o, "unlearned")["accuracy"] - o.best("unlearned"), True, 0, needs)
+    ask("C4", "c  student of the explorer after 256 updates less the base",
+        lambda o: student(o, "sapo, contrast")["accuracy"] - o.base, True, 0.10, needs)
+    ask("C4", "d  … less its teacher", lambda o: student(o, "sapo, contrast")["accuracy"]
+        - o.one("sapo", lr=3e-5, at=student(o, "sapo, contrast")["at"])["accuracy"], True, 0, needs)
+    ask("C4", "e  efficiency 1/2 of the way, less that of Â in place of δ_t",
+        lambda o: o.efficiency("erpd", o.levels[1]) - o.efficiency("control", o.levels[1]), True, 0, ("control",))
     for loss in ("sapo", "mse", "nll"):
         ask("C5", f"efficiency of sapo + mse + nll less that of {loss} alone",
             lambda o, loss=loss: o.worth(student(o, "sapo + mse + nll, contrast"))
-            - o.worth(max(o.of("student", path=f"{loss}, contrast"), key=lambda r: r["at"])), True, 0)
+            - o.worth(student(o, f"{loss}, contrast")), True, 0, ("student",))
 
-    def rounds(o: Outcome, method: str = "erpd rounds") -> list[float]:
-        return [row["accuracy"] for row in sorted(o.of(method), key=lambda r: r["at"])]
+    def round_of(o: Outcome, k: int, method: str = "erpd rounds") -> float:
+        return o.one(method, at=k)["accuracy"]
 
-    def long_grpo(o: Outcome) -> list[dict]:
-        return max(o.paths("grpo 8×"), key=lambda path: path[-1]["accuracy"])
-
-    for claim, way, after in (("C6", "erpd rounds", "grpo, then erpd"),
-                              ("C6, small", "erpd small rounds", "grpo, then a little erpd")):
-        if not all(o.of(after) for o in few):
-            continue
-        for k, letter in ((1, "a"), (2, "b")):
-            ask(claim, f"{letter}  round {k + 1} less round {k}",
-                lambda o, k=k, way=way: rounds(o, way)[k] - rounds(o, way)[k - 1], True, 0)
-
-        def gain(o: Outcome, after: str = after) -> float:
-            half, end = (row["accuracy"] for row in long_grpo(o)[-2:])
-            return (o.one(after)["accuracy"] - end) - (end - half)
-
-        ask(claim, "c  gain of ERPD after GRPO less GRPO's over its last half", gain, True, 0)
+    for k in (1, 2, 3):
+        ask("C6", f"a  round {k + 1} less round {k}",
+            lambda o, k=k: round_of(o, k + 1) - round_of(o, k), True, 0, ("erpd rounds",))
+    ask("C6", "b  after 4 rounds, less GRPO's with twice the rollouts",
+        lambda o: round_of(o, 4) - long_grpo(o)[-1]["accuracy"], True, 0, ("erpd rounds", "grpo 8×"))
+    ask("C6", "c  … less expert iteration's",
+        lambda o: round_of(o, 4) - round_of(o, 4, "expert iteration"), True, -0.01, ("erpd rounds", "expert iteration"))
+    ask("C6", "d  gain of a round after GRPO",
+        lambda o: o.one("grpo, then erpd")["accuracy"] - long_grpo(o)[-1]["accuracy"], True, 0, ("grpo, then erpd",))
 
     def rollouts_until(o: Outcome, level: float) -> float:
         """Rollouts until GRPO reaches an accuracy, at its best learning rate; all of them where it does not."""
         needed = []
         for path in o.paths("grpo 8×"):
             known = [(0, o.base)] + [(row["rollouts"], row["accuracy"]) for row in path]
-            needed.append(next((n0 + (level - a0) / (a1 - a0) * (n1 - n0) for (n0, a0), (n1, a1) in zip(known, known[1:])
-                                if a0 < level <= a1), known[-1][0]))
+            needed.append(next((n0 + (level - a0) / (a1 - a0) * (n1 - n0)
+                                for (n0, a0), (n1, a1) in zip(known, known[1:]) if a0 < level <= a1), known[-1][0]))
         return min(needed)
 
     ask("C7", "rollouts to 2/3 of the way, ERPD's over GRPO's",
-        lambda o: (o.one("erpd", at=0.1)["rollouts"] if o.best("erpd") >= o.levels[2] else math.inf)
-        / rollouts_until(o, o.levels[2]), False, 0.5)
+        lambda o: (o.of("erpd")[0]["rollouts"] if o.best("erpd") >= o.levels[2] else math.inf)
+        / rollouts_until(o, o.levels[2]), False, 0.5, ("grpo 8×",))
+    if stage == "rare":
+        third = sorted({row["budget"] for o in outcomes for row in o.of("erpd")})[2:3]
+        for letter, what, of, more in (("a", "accuracy", lambda o, row: row["accuracy"], 0.2),
+                                       ("b", "efficiency", lambda o, row: o.worth(row), 0.3)):
+            ask("C8", f"{letter}  {what} at the third budget, less that of Â in place of δ_t",
+                lambda o, of=of: of(o, o.one("erpd", at=third[0])) - of(o, o.one("control", at=third[0])), True, more,
+                ("control",))
     return found
+
+
+def long_grpo(o: Outcome) -> list[dict]:
+    return max(o.paths("grpo 8×"), key=lambda path: path[-1]["accuracy"])
 
 
 def percent(values: list[float]) -> str:
@@ -221,41 +247,58 @@ def percent(values: list[float]) -> str:
 
 def report(by_stage: dict[str, list[Outcome]]) -> str:
     lines, found = [], statistics(by_stage)
-    lines.append(f"{'claim':16} {'statistic':76} {'mean':>7} {'95 % interval':>17} {'asked':>8}")
+    lines.append(f"{'claim':10} {'statistic':76} {'seeds':>5} {'mean':>7} {'95 % interval':>17} {'asked':>8}")
     for s in found:
         mean, half = s.interval()
-        lines.append(f"{s.claim:16} {s.what:76} {mean:7.3f} {mean - half:8.3f} –{mean + half:7.3f} "
+        lines.append(f"{s.claim:10} {s.what:76} {s.seeds:5} {mean:7.3f} {mean - half:8.3f} –{mean + half:7.3f} "
                      f"{'>' if s.above else '<'} {s.threshold:<5.3g} {'met' if s.met() else 'missed'}")
     lines.append("")
     for claim in dict.fromkeys(s.claim for s in found):
         met = [s.met() for s in found if s.claim == claim]
         verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
-        seeds = len(next(s for s in found if s.claim == claim).values)
-        lines.append(f"{claim:16} {verdict:14} {sum(met)} of {len(met)} statistics, {seeds} seeds")
-    for name, outcomes in by_stage.items():
-        lines.append(f"\n{name}, seeds: {len(outcomes)}. KL efficiency 1/3, 1/2 and 2/3 of the way, and the best accuracy on it")
-        lines.append(f"{'base':22} {'':46} {percent([o.base for o in outcomes])}")
-        for method in ("erpd", "weights: erpd", "erpd, faster explorer", "control", *OPPONENTS):
-            if all(o.of(method) for o in outcomes):
-                levels = (mean_interval([o.efficiency(method, o.levels[k]) for o in outcomes]) for k in range(3))
-                lines.append(f"{method:22} {'  '.join('{:6.2f} ± {:.2f}'.format(*level) for level in levels)}   "
-                             f"{percent([o.best(method) for o in outcomes])}")
+        lines.append(f"{claim:10} {verdict:14} {sum(met)} of {len(met)} statistics")
+    for name, seeds in by_stage.items():
+        lines.append(f"\n{name}, seeds: {len(seeds)}. KL efficiency {', '.join(LEVELS)} of the way "
+                     "(seeds that reach it), and the ceiling")
+        lines.append(f"{'base':26} {'':84} {percent([o.base for o in seeds])}")
+        for method in ("erpd", "erpd, unlearned", "control", *OPPONENTS):
+            some = [o for o in seeds if o.of(method)]
+            if some:
+                levels = [[o.efficiency(method, o.levels[k]) for o in some] for k in range(len(LEVELS))]
+                cells = [f"{mean_interval(v)[0]:6.2f} ± {mean_interval(v)[1]:.2f} ({sum(map(math.isfinite, v))})"
+                         if any(map(math.isfinite, v)) else f"{'–':>17}" for v in levels]
+                lines.append(f"{method:26} {'   '.join(cells):84} {percent([o.best(method) for o in some])}")
+        for method in ("erpd rounds", "unlearned rounds", "expert iteration", "rounds, share 0.5", "rounds, share 0.9"):
+            some = [o for o in seeds if o.of(method)]
+            if some:
+                each = [[o.one(method, at=k) for o in some] for k in range(1, 5)]
+                lines.append(f"{method:26} " + "   ".join(
+                    f"{percent([r['accuracy'] for r in rows])} at {mean_interval([r['kl'] for r in rows])[0]:.2f}"
+                    for rows in each))
+        rising = [f"{path} (seed {seed})" for seed, o in enumerate(seeds) for path in o.still_rising()]
+        lines.append(f"direct methods still rising at their end: {'; '.join(rising) or 'none'}")
     return "\n".join(lines)
+
+
+def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
+    """The verdicts for who reads them with a program: the tutorial does."""
+    rows = []
+    for s in statistics(by_stage):
+        mean, half = s.interval()
+        bounds = {name: round(x, 4) if math.isfinite(x) else None
+                  for name, x in (("mean", mean), ("low", mean - half), ("high", mean + half))}
+        rows.append({"claim": s.claim, "what": s.what, **bounds, "above": s.above, "threshold": round(s.threshold, 4),
+                     "met": s.met(), "seeds": s.seeds})
+    path.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- what is run
 
-def stage(name: str, prompts: int, seed: int, **more) -> Stage:
-    """Sixteen updates an epoch at every size; the distiller takes more passes where they are short."""
-    settings = {key: more.pop(key) for key in ("operands", "model", "max_new_tokens", "test_problems") if key in more}
-    config = erpd.Config(**{"model": EMBEDDED} | settings, problems=prompts, seed=seed, explore_batch=prompts,
-                         distill_batch=min(64, prompts), distill_epochs=4 if prompts > 64 else 8)
-    return Stage(name, config, nll_epochs=4 if prompts > 64 else 8, **more)
-
-
-def scaled(factor: float) -> tuple[float, ...]:
-    """ERPD's budgets in a cell of the map, where the limit lies further out, or nearer, than in the main stage."""
-    return tuple(factor * budget for budget in (0.25, 0.6, 1.3))
+def stage(name: str, seed: int, **more) -> Stage:
+    """64 problems × 16 completions, 16 updates a pass, unless said otherwise."""
+    settings = {f.name: more.pop(f.name) for f in fields(erpd.Config) if f.name in more}
+    config = erpd.Config(**{"model": EMBEDDED, "explore_updates": 256, "distill_updates": 256} | settings, seed=seed)
+    return Stage(name, config, **more)
 
 
 def sums(folder: Path) -> tuple[str, str]:
@@ -279,29 +322,29 @@ def language_model(model: str) -> list[Stage]:
     config = erpd.Config(
         model=model, data=train, test_data=test, template="{question} Reply with the number only.", problems=12, group=8,
         max_new_tokens=24, test_problems=27, test_samples=4, curve_samples=4, limit_samples=16, explore_lr=1e-5,
-        explore_batch=16, unlearn_epochs=1, distill_lr=2e-5, distill_batch=8, distill_epochs=1, tokens_per_step=1100,
-        sample_rows=256, precision="bf16")
-    return [Stage("SmolLM2", replace(config, seed=seed, run=""), rates=(1e-5,), epochs=2, nll_epochs=2, everything=False,
-                  losses=("sapo", "nll"), budgets=(1.0, 3.0)) for seed in range(2)]
+        explore_batch=16, explore_updates=16, unlearn_updates=6, distill_lr=2e-5, distill_batch=8, distill_updates=24,
+        tokens_per_step=1100, sample_rows=256, precision="bf16")
+    return [Stage("SmolLM2", replace(config, seed=seed, run=""), rates=(1e-5,), least=16, nll_least=16, most=64,
+                  budgets=(), everything=False) for seed in range(2)]
+
+
+RARE = {"model": LONG_BASE, "operands": 8, "max_new_tokens": 128, "curve_samples": 2, "budgets": (0.6, 1.2, 2.0, 3.0)}
+CELLS = {"256 prompts": {"problems": 256}, "16 prompts": {"problems": 16}, "2 operands": {"operands": 2},
+         "3 carries": {"carries": (3,)}, "2 carries": {"carries": (2,)}, "at most 1 carry": {"carries": (0, 1)}}
 
 
 def stages() -> list[Stage]:
-    full = [stage("64 prompts", 64, seed) for seed in range(5)]
-    short = {"everything": False, "losses": ("sapo", "nll")}
-    frontier = [stage("256 prompts", 256, seed, budgets=(0.25, 0.5, 1.0, 1.5), **short) for seed in range(3)]
-    cells = [stage(name, 64, seed, test_problems=128, **short, **more) for seed in range(2) for name, more in {
-        "3 carries": {"carries": (3,), "budgets": scaled(2.0)}, "2 carries": {"carries": (2,), "budgets": scaled(1.5)},
-        "at most 1 carry": {"carries": (0, 1), "budgets": scaled(0.7)}, "2 operands": {"operands": 2, "budgets": scaled(0.5)},
-        "8 operands": {"operands": 8, "budgets": scaled(2.0), "max_new_tokens": 128, "model": LONG_BASE}}.items()]
-    cells += [stage("16 prompts", 16, seed, test_problems=128, budgets=scaled(1.0), **short) for seed in range(2)]
-    return full + frontier + cells
+    """Both main stages by seed, then the cells of the map."""
+    full = [s for seed in range(5) for s in (stage("main", seed, shares=(0.5, 0.9)), stage("rare", seed, **RARE))]
+    few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.4, 1.0, 1.8), "test_problems": 128}
+    return full + [stage(name, seed, **few, **more) for seed in range(3) for name, more in CELLS.items()]
 
 
 def quick_stage() -> Stage:
-    """All jobs of the first stage at a tenth of the size."""
-    few = replace(stage("64 prompts", 64, 0), epochs=4, nll_epochs=4)
-    return replace(few, config=replace(few.config, problems=6, explore_batch=16, distill_batch=16, distill_epochs=2,
-                                       unlearn_epochs=2, test_problems=24, limit_samples=16))
+    """All jobs of the main stage at a tenth of the size."""
+    return stage("main", 0, problems=6, explore_batch=16, distill_batch=16, explore_updates=16, unlearn_updates=4,
+                 distill_updates=16, test_problems=24, limit_samples=16, least=32, most=64, nll_least=32,
+                 shares=(0.5,))
 
 
 def work(stage: Stage, results: Path, folder: Path) -> str:
@@ -326,10 +369,12 @@ def run(wanted: list[Stage], results: Path, folder: Path, workers: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="draw, and run one seed at a tenth of the size in a scratch folder")
+    parser.add_argument("--quick", action="store_true",
+                        help="draw, and run one seed at a tenth of the size in a scratch folder")
     parser.add_argument("--only", nargs="*", help="stages to run, by name; none at all: draw and judge what is there")
-    parser.add_argument("--model", default="", help="SmolLM2-135M-Instruct's folder or hub name, for its own small frontier")
-    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1)),
+    parser.add_argument("--model", default="",
+                        help="SmolLM2-135M-Instruct's folder or hub name, for its own small frontier")
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1,
                         help="stages side by side")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -339,8 +384,10 @@ if __name__ == "__main__":
     else:
         every = stages() + (language_model(arguments.model) if arguments.model else [])
         if unknown := set(arguments.only or ()) - {s.name for s in every}:
-            parser.error(f"--only {unknown.pop()!r} is no stage: choose from {', '.join(dict.fromkeys(s.name for s in every))}")
+            names = ", ".join(dict.fromkeys(s.name for s in every))
+            parser.error(f"--only {unknown.pop()!r} is no stage: choose from {names}")
         wanted = [s for s in every if arguments.only is None or s.name in arguments.only]
         run(wanted, RESULTS, SCRATCH, arguments.workers)
         print(report(outcomes(RESULTS)))
+        write_verdicts(outcomes(RESULTS), VERDICTS)
     claims_figures.draw(outcomes(RESULTS))

@@ -3,10 +3,11 @@
 A *stage* is a base policy, its problems, a size of batch and a seed. A *job* is one path of policies on a stage: the
 checkpoints of an explorer, students at a ladder of budgets, a policy moved back towards the base step by step. All jobs
 of a stage share the stored batch and the held-out problems. The rows of a job are written together when it ends, a JSON
-line each with all its settings, and a job that has rows is not run again.
+line each, and a job that has rows is not run again.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,11 +24,10 @@ sys.path.insert(0, str(HERE.parent))
 import erpd  # noqa: E402
 import kl  # noqa: E402
 import rollout  # noqa: E402
-from rewards import Problem, group_advantages, load_problems  # noqa: E402
+from rewards import Problem, load_problems  # noqa: E402
 
-BUDGETS = (0.1, 0.25, 0.5, 0.9, 1.3)  # of ERPD's ladder, nats a completion
-STRENGTHS = (0.05, 0.2, 1.0)  # of the KL penalty
-STEPS_BACK = (0.25, 0.5, 0.75)  # of the interpolations
+STRENGTHS = (0.2, 1.0)  # of the KL penalty
+STEPS_BACK = (0.25, 0.5, 0.75, 0.9)  # of the interpolations; the policy itself, 1, is on its own path
 FALLEN = -5.0  # a stored completion has fallen when log π_θ/π_0 of it is below this, nats
 
 
@@ -40,11 +40,12 @@ class Stage:
     config: erpd.Config
     carries: tuple[int, ...] = ()
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)  # learning rates of every direct method
-    epochs: int = 16  # of the explorer, and of clipping beside it
-    nll_epochs: int = 4
-    budgets: tuple[float, ...] = BUDGETS
-    losses: tuple[str, ...] = ("sapo", "nll", "mse")  # of the frontier; `everything` adds the rest
+    least: int = 256  # updates of a direct method before it may stop, and the most there are
+    most: int = 2048
+    nll_least: int = 512  # of cross-entropy, the strongest
+    budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students' ladder, nats a completion; none: the round's
     everything: bool = True  # False: the frontier alone
+    shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets than the default's
 
     @property
     def key(self) -> str:
@@ -105,6 +106,7 @@ class Bench:
 
     def __post_init__(self):
         self.config = self.stage.config
+        self.seed = self.config.seed * 1000 + 1  # of the first round, as in erpd.run
         self.folder.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------------------------- problems and policies
@@ -118,8 +120,14 @@ class Bench:
     def base(self):
         return self.policy[0]
 
+    @property
+    def tokenizer(self):
+        return self.policy[1]
+
     def draw(self, split: str, count: int) -> list[Problem]:
-        config, source = self.config, self.config.test_data if split == "test" and self.config.test_data else self.config.data
+        config, source = self.config, self.config.data
+        if split == "test" and config.test_data:
+            source = config.test_data
         more = {"seed": config.seed, "operands": config.operands, "divide": not config.test_data}
         if not self.stage.carries:
             return load_problems(source, split, count, **more)
@@ -137,22 +145,26 @@ class Bench:
         return self.draw("test", self.config.test_problems)
 
     @cached_property
+    def batch(self) -> tuple[rollout.Rollouts, Tensor]:
+        """(rollouts, Â): the stored batch of all jobs."""
+        problems = self.problems[:self.config.problems]
+        return erpd.stored_batch(self.base, self.tokenizer, problems, self.config, self.seed)
+
+    @property
     def rollouts(self) -> rollout.Rollouts:
-        return self.collect(self.base, self.problems[:self.config.problems], self.config.seed * 1000 + 1)
+        return self.batch[0]
 
-    def collect(self, model, problems, seed: int) -> rollout.Rollouts:
-        return rollout.collect(model, self.policy[1], problems, self.config.group, seed=seed, **self.config.sampling)
-
-    # ------------------------------------------------------------------------------------------------------ measuring
+    def score(self, model, rollouts: rollout.Rollouts | None = None) -> Tensor:
+        return rollout.score(model, rollouts or self.rollouts, self.config.temperature, self.config.tokens_per_step)
 
     def measure(self, model, samples: int | None = None, **about) -> dict:
-        """A row: the policy's accuracy and KL on fresh samples of its own, and `about` it."""
-        numbers = rollout.evaluate(model, self.base, self.policy[1], self.held_out, samples or self.config.test_samples,
-                                   seed=self.config.seed, **self.config.sampling)
+        """A row: the policy's accuracy and KL to the first base on fresh samples of its own, and `about` it."""
+        numbers = rollout.evaluate(model, self.base, self.tokenizer, self.held_out,
+                                   samples or self.config.test_samples, seed=self.config.seed, **self.config.sampling)
         if model is not self.base:
             numbers.pop("pass_rates")
-        numbers = {name: [round(v, 5) for v in x] if isinstance(x, list) else round(x, 5) for name, x in numbers.items()}
-        row = about | numbers
+        row = about | {name: [round(v, 5) for v in x] if isinstance(x, list) else round(x, 5)
+                       for name, x in numbers.items()}
         self.rows.append(row)
         return row
 
@@ -161,58 +173,56 @@ class Bench:
         log_ratio = (self.score(model) - self.rollouts.log_probs) * self.rollouts.mask
         return (log_ratio.sum(1) < FALLEN).float().mean().item()
 
-    def score(self, model) -> Tensor:
-        return rollout.score(model, self.rollouts, self.config.temperature, self.config.tokens_per_step)
+    # ----------------------------------------------------------------------------------------------- the direct methods
 
-    # ------------------------------------------------------------------------------------------------ the direct methods
+    def until_it_stops(self, loss: str, lr: float, kl_coef: float = 0.0) -> None:
+        """A direct method, measured each time that its updates have doubled, until its accuracy has stopped rising.
 
-    def explored(self, loss: str, lr: float, epochs: int, kl_coef: float = 0.0, reverse: bool = False,
-                 tell: bool = True) -> dict:
-        """Weights of an explorer's checkpoints by epoch 1, 2, 4 …, kept on disk; with `tell` they are measured too."""
-        name = f"{'un' if reverse else ''}{loss}-{lr:g}-{kl_coef:g}-{epochs}"
-        path, kept = self.folder / f"{name}.pt", {}
-        if path.exists() and not tell:
-            return torch.load(path, weights_only=True)
-        config, rollouts = replace(self.config, explore_lr=lr, kl_coef=kl_coef), self.rollouts
-        advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
-        if reverse:
-            rollouts, advantage = replace(rollouts, rewards=1 - rollouts.rewards), -advantage
+        That is: after `least` updates or more it is not above the last checkpoint's 95 % interval. Its optimizer goes
+        on from one checkpoint to the next. The weights of all checkpoints stay on disk.
+        """
+        config = replace(self.config, explore_lr=lr, kl_coef=kl_coef)
+        least = self.stage.nll_least if loss == "nll" else self.stage.least
+        resume, done, kept, last = erpd.trainable(self.base, lr), 0, {}, math.inf
+        while done < self.stage.most:
+            updates = done or self.stage.least // 16
+            model = erpd.explore(self.base, *self.batch, config, loss=loss, updates=updates, seed=self.seed + done,
+                                 resume=resume)
+            done += updates
+            kept[done] = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+            row = self.measure(model, self.config.curve_samples, method=loss + (" + KL" if kl_coef else ""), at=done,
+                               path=f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else ""), lr=lr, kl_coef=kl_coef,
+                               fallen=self.fallen(model), rollouts=len(self.rollouts))
+            if done >= least and row["accuracy"] <= last:
+                break
+            last = row["accuracy_interval"][1]
+        torch.save(kept, self.folder / f"{loss}-{lr:g}-{kl_coef:g}.pt")
 
-        def watch(_, model, epoch: int) -> None:
-            if epoch & (epoch - 1) == 0 or epoch == epochs:
-                kept[epoch] = {k: v.detach().clone() for k, v in model.state_dict().items()}
-                if tell:
-                    method = "unlearned" if reverse else loss + (" + KL" if kl_coef else "")
-                    path_name = f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else "")
-                    self.measure(model, self.config.curve_samples, method=method, path=path_name, at=epoch, lr=lr,
-                                 kl_coef=kl_coef, epochs=epochs, fallen=self.fallen(model), rollouts=len(rollouts))
-
-        erpd.explore(self.base, rollouts, advantage, config, loss=loss, epochs=epochs, seed=self.config.seed, watch=watch)
-        torch.save(kept, path)
-        return kept
+    def checkpoint(self, loss: str, lr: float, at: int):
+        """The policy of a path after `at` updates. Its path is run again where its weights are gone."""
+        path = self.folder / f"{loss}-{lr:g}-0.pt"
+        if not path.exists():
+            Bench(self.stage, self.folder).until_it_stops(loss, lr)
+        return self.revive(torch.load(path, weights_only=True)[at])
 
     def revive(self, weights: dict):
         model, _ = erpd.trainable(self.base, 1.0)
         model.load_state_dict(weights)
         return model.requires_grad_(False)
 
-    def best_of(self, loss: str) -> tuple:
-        """(model, how it came about): the most accurate checkpoint of a loss over its learning rates."""
-        row = max((r for r in self.rows if r["method"] == loss), key=lambda r: r["accuracy"])
-        weights = self.explored(loss, row["lr"], row["epochs"], row["kl_coef"], tell=False)
-        return self.revive(weights[row["at"]]), f"{loss}, lr {row['lr']:g}, epoch {row['at']}"
-
     def temperatures(self) -> None:
         for temperature in (0.3, 0.7, 1.3):
-            self.measure(Combined([self.base], [1 / temperature]), method="temperature", path="temperature", at=temperature)
+            self.measure(Combined([self.base], [1 / temperature]), method="temperature", path="temperature",
+                         at=temperature)
 
     def steps_back(self, loss: str, kind: str) -> None:
-        """The explorer's weights, or its logits, moved towards the base."""
-        model, what = self.best_of(loss)
-        for share in STEPS_BACK:
-            between = kl.interpolated(self.base, model, share) if kind == "weights" else \
-                Combined([self.base, model], [1 - share, share])
-            self.measure(between, method=f"{kind}: {loss}", path=what, at=share)
+        """The most accurate checkpoint of a loss over its learning rates, moved back towards the base."""
+        best = max((row for row in self.rows if row["method"] == loss), key=lambda row: row["accuracy"])
+        model = self.checkpoint(loss, best["lr"], best["at"])
+        for share in (*STEPS_BACK, 1.0):
+            between = Combined([self.base, model], [1 - share, share]) if kind == "logits" else \
+                kl.interpolated(self.base, model, share)
+            self.measure(between, method=f"{kind}: {loss}", path=f"lr {best['lr']:g}, update {best['at']}", at=share)
 
     def grpo(self, lr: float, times: int, tell: bool = True):
         """On-policy GRPO with `times` as many rollouts as the stored batch."""
@@ -221,112 +231,122 @@ class Bench:
             return self.revive(torch.load(path, weights_only=True))
         config = replace(self.config, explore_lr=lr)
         steps = -(-count // max(1, config.explore_batch // config.group))
-        due = {steps * share // 8 for share in ((2, 4) if times > 1 else (4,))} | {steps}
 
-        def watch(_, model, step: int) -> None:
-            if tell and step in due:
-                self.measure(model, method="grpo" if times == 1 else f"grpo {times}×", path=f"lr {lr:g}", at=step, lr=lr,
-                             rollouts=step * count // steps * config.group)
+        def watch(_, model, update: int) -> None:
+            if tell and update >= (steps // 4 if times > 1 else steps // 2):
+                self.measure(model, method="grpo" if times == 1 else f"grpo {times}×", path=f"lr {lr:g}", at=update,
+                             lr=lr, rollouts=update * count // steps * config.group)
 
-        model = erpd.grpo(self.base, self.policy[1], self.problems[:count], config, seed=config.seed, watch=watch)
+        model = erpd.grpo(self.base, self.tokenizer, self.problems[:count], config, seed=self.config.seed, watch=watch)
         torch.save(model.state_dict(), path)
         return model
 
     # --------------------------------------------------------------------------------------------------------- ERPD
 
-    def log_probs(self, loss: str, lr: float, epoch: int, epochs: int, reverse: bool = False) -> Tensor:
-        return self.score(self.revive(self.explored(loss, lr, epochs, reverse=reverse, tell=False)[epoch]))
-
     @cached_property
     def log_unlearned(self) -> Tensor:
-        epochs = self.config.unlearn_epochs
-        return self.log_probs("mse", self.config.explore_lr, epochs, epochs, reverse=True)
+        return self.score(self.unlearned(self.rollouts, self.batch[1]))
 
-    def short(self, loss: str) -> int:
-        return min(self.stage.epochs, self.stage.nll_epochs if loss == "nll" else 4)
+    def unlearned(self, rollouts: rollout.Rollouts, advantage: Tensor):
+        config = self.config
+        return erpd.explore(self.base, replace(rollouts, rewards=1 - rollouts.rewards), -advantage, config,
+                            loss=config.unlearn_loss, updates=config.unlearn_updates, seed=self.seed)
 
-    def signal(self, kind: str = "contrast", loss: str = "sapo", epoch: int | None = None) -> Tensor:
-        """δ_t [B, T] of an explorer at one of its checkpoints."""
-        lr, epochs = (self.config.explore_lr, self.stage.epochs) if loss == "sapo" else (self.stage.rates[1], self.short(loss))
-        teacher = None if kind == "unlearned" else self.log_probs(loss, lr, epoch or epochs, epochs)
-        return erpd.token_signal(kind, self.rollouts.log_probs, teacher, None if kind == "teacher" else self.log_unlearned)
+    def tell_unlearned(self) -> None:
+        self.measure(self.unlearned(*self.batch), method="unlearned", path="unlearned", at=self.config.unlearn_updates)
 
-    def student(self, signal: Tensor, budget: float, **about):
-        config = replace(self.config, kl_budget=budget)
-        seed = self.config.seed * 1000 + 1
-        student = erpd.distill(self.base, self.rollouts, signal, config, seed=seed)
-        student, spent = erpd.within_budget(self.base, student, self.policy[1], self.problems[:config.problems], config, seed)
+    def signal(self, kind: str = "contrast", loss: str = "sapo", lr: float | None = None,
+               at: int | None = None) -> Tensor:
+        """δ_t [B, T] of an explorer at one of its checkpoints; by default SAPO's after `least` updates."""
+        lr, at = lr or self.config.explore_lr, at or self.stage.least
+        teacher = None if kind == "unlearned" else self.score(self.checkpoint(loss, lr, at))
+        unlearned = None if kind == "teacher" else self.log_unlearned
+        return erpd.token_signal(kind, self.rollouts.log_probs, teacher, unlearned)
+
+    def student(self, signal: Tensor, budget: float, **about) -> None:
+        """Stage 2 as in erpd.one_round, at a budget."""
+        problems, aim = self.problems[:self.config.problems], self.config.overspend * budget
+        student = erpd.distill(self.base, self.rollouts, signal, aim, self.config, seed=self.seed)
+        student, spent = erpd.within_budget(self.base, student, self.tokenizer, problems, budget, self.config,
+                                            self.seed)
         self.measure(student, **{"at": budget, **about}, budget=budget, spent=spent, rollouts=len(self.rollouts))
-        return student
 
-    def ladder(self) -> None:
-        for budget in self.stage.budgets:
-            self.student(self.signal(), budget, method="erpd", path="sapo, contrast")
+    def ladder(self, method: str, kind: str) -> None:
+        """Students at every budget of the stage. The control's signal is the outcome Â at every token."""
+        signal = self.batch[1][:, None] * self.rollouts.mask if kind == "control" else self.signal(kind)
+        for budget in self.stage.budgets or [erpd.round_budget(self.rollouts, self.config)]:
+            self.student(signal, budget, method=method, path=kind)
 
-    def stepped_back(self) -> None:
-        """One student, distilled at the ladder's last budget, and its weights moved back towards the base."""
-        config = replace(self.config, kl_budget=self.stage.budgets[-1])
-        student = erpd.distill(self.base, self.rollouts, self.signal(), config, seed=self.config.seed * 1000 + 1)
-        for share in (*STEPS_BACK, 1.0):
-            self.measure(kl.interpolated(self.base, student, share), method="weights: erpd", path="sapo, contrast", at=share,
-                         budget=config.kl_budget, rollouts=len(self.rollouts))
+    @property
+    def middle(self) -> float:
+        return self.stage.budgets[1]
 
-    def faster(self) -> None:
-        """The same from an explorer with the next learning rate, which drifts further."""
-        lr, epochs = self.stage.rates[1], self.short("sapo")
-        log_teacher = self.log_probs("sapo", lr, epochs, epochs)
-        signal = erpd.token_signal("contrast", self.rollouts.log_probs, log_teacher, self.log_unlearned)
-        for budget in BUDGETS[:3]:
-            self.student(signal, budget, method="erpd, faster explorer", path="sapo, contrast")
-
-    def control(self) -> None:
-        """Stage 2 with the outcome advantage Â at every token, everything else equal."""
-        advantages = group_advantages(self.rollouts.rewards, self.rollouts.groups, "std")[:, None]
-        for budget in BUDGETS[1:4]:
-            self.student(advantages * self.rollouts.mask, budget, method="control", path="outcome advantage")
+    def drifted(self) -> list[tuple[str, float, int]]:
+        """(loss, learning rate, updates) of the teachers: SAPO's from early to collapsed, one of each other loss."""
+        least, slow, fast = self.stage.least, self.config.explore_lr, self.stage.rates[-2]
+        return [("sapo", slow, least // 16), ("sapo", slow, least // 4), ("ce", fast, least // 2),
+                ("sapo", slow, least), ("mse", fast, least // 2), ("nll", fast, self.stage.nll_least)]
 
     def teachers(self) -> None:
         """Students of teachers from strong to collapsed, by every signal, at one budget; and of several teachers."""
-        mask, budget = self.rollouts.mask, BUDGETS[2]
-        self.student(self.signal("unlearned"), budget, method="student", path="unlearned", kind="unlearned", at=0)
-        epochs = sorted({1, max(1, self.stage.epochs // 4), self.stage.epochs})
-        for loss, epoch in [("sapo", e) for e in epochs] + [(loss, self.short(loss)) for loss in ("ce", "mse", "nll")]:
-            for kind in ("teacher", "contrast") if loss == "sapo" else ("contrast",):
-                self.student(self.signal(kind, loss, epoch), budget, method="student", path=f"{loss}, {kind}", kind=kind,
-                             teacher=loss, at=epoch)
-        several = [self.signal("contrast", loss) for loss in ("sapo", "mse", "nll")]
-        self.student(erpd.combine_signals(several, [1, 1, 1], mask), budget, method="student",
+        for loss, lr, at in self.drifted():
+            for kind in ("teacher", "contrast") if loss in ("sapo", "nll") else ("contrast",):
+                self.student(self.signal(kind, loss, lr, at), self.middle, method="student", path=f"{loss}, {kind}",
+                             kind=kind, teacher=loss, lr=lr, at=at)
+        self.student(self.signal("unlearned"), self.middle, method="student", path="unlearned", kind="unlearned", at=0)
+        several = [self.signal("contrast", loss, lr, at) for loss, lr, at in self.drifted()[-3:]]
+        self.student(erpd.combine_signals(several, [1, 1, 1], self.rollouts.mask), self.middle, method="student",
                      path="sapo + mse + nll, contrast", kind="contrast", teacher="sapo + mse + nll", at=0)
 
-    def rounds(self, budget: float, method: str = "erpd rounds", start=None, before: int = 0, count: int = 3) -> None:
-        """Rounds of ERPD, each from the last one's student with new problems; every KL is to the first base.
+    def crossed(self) -> None:
+        """The contrast, where each half of the problems is scored by teachers that saw only the other half."""
+        rollouts, advantage = self.batch
+        signal = torch.zeros_like(rollouts.log_probs)
+        first = rollouts.groups < self.config.problems // 2
+        for mine, other in ((first, ~first), (~first, first)):
+            seen, scored = rollouts.select(mine.nonzero()[:, 0]), rollouts.select(other.nonzero()[:, 0])
+            teacher = erpd.explore(self.base, seen, advantage[mine], self.config, loss="sapo", seed=self.seed,
+                                   updates=self.config.explore_updates)
+            unlearned = self.unlearned(seen, advantage[mine])
+            half = erpd.token_signal("contrast", scored.log_probs, self.score(teacher, scored),
+                                     self.score(unlearned, scored))
+            signal[other, :half.shape[1]] = half
+        self.student(signal, self.middle, method="student", path="sapo, contrast, crossed", kind="crossed",
+                     teacher="sapo", lr=self.config.explore_lr, at=self.stage.least)
+
+    # ------------------------------------------------------------------------------------------------------- rounds
+
+    def rounds(self, method: str, one: Callable | None = None, start=None, before: int = 0, count: int = 4,
+               **settings) -> None:
+        """Rounds, each from the last one's student with new problems and the budget of its own limit.
 
         From another `start`, GRPO's end, the problems are the last ones that it saw.
         """
-        base, size = start or self.base, self.config.problems
-        config = replace(self.config, kl_budget=budget, explore_epochs=self.stage.epochs)
+        base, size, told = start or self.base, self.config.problems, {}
+        config = replace(self.config, kl_budget="auto", **settings)
         for this_round in range(1, count + 1):
-            problems = self.problems[-this_round * size:][:size] if start else self.problems[(this_round - 1) * size:][:size]
-            base = erpd.one_round(base, self.policy[1], problems, config, seed=self.config.seed * 1000 + this_round)
-            self.measure(base, method=method, path=method, at=this_round, budget=budget,
+            problems = self.problems[-this_round * size:][:size] if start else \
+                self.problems[(this_round - 1) * size:][:size]
+            base = (one or erpd.one_round)(base, self.tokenizer, problems, config, seed=self.seed + this_round - 1,
+                                           watch=lambda *_, **about: told.update(about))
+            self.measure(base, method=method, path=method, at=this_round, budget=told["kl_budget"],
                          rollouts=before + this_round * size * config.group)
 
-    def after_grpo(self, budget: float, method: str = "grpo, then erpd") -> None:
+    def after_grpo(self) -> None:
         """One round of ERPD from the policy where eight times the rollouts of GRPO ended."""
-        best = max((r for r in self.rows if r["method"] == "grpo 8×"), key=lambda r: r["accuracy"])
-        self.rounds(budget, method, start=self.grpo(best["lr"], 8, tell=False), before=best["rollouts"], count=1)
+        best = max((r for r in self.rows if r["method"] == "grpo 8×"), key=lambda r: (r["rollouts"], r["accuracy"]))
+        self.rounds("grpo, then erpd", start=self.grpo(best["lr"], 8, tell=False), before=best["rollouts"], count=1)
 
     # ----------------------------------------------------------------------------------------------- where it lands
 
-    def first_wrong(self, rollouts: rollout.Rollouts, problems) -> Tensor:
+    def first_wrong(self) -> Tensor:
         """[B] index of the first token that a right worked solution would not have; the length where there is none.
 
         It takes a character for a token, as the embedded policies do.
         """
-        texts = rollout.completion_texts(self.policy[1], rollouts)
-        firsts = []
-        for text, group, length in zip(texts, rollouts.groups.tolist(), rollouts.length.tolist()):
-            total, *rest = (int(n) for n in problems[group].question.rstrip("=").split("+"))
+        texts, firsts = rollout.completion_texts(self.tokenizer, self.rollouts), []
+        for text, group, length in zip(texts, self.rollouts.groups.tolist(), self.rollouts.length.tolist()):
+            total, *rest = (int(n) for n in self.problems[group].question.rstrip("=").split("+"))
             right = "\n"
             for n in rest:
                 right += f"{total}+{n}={total + n}\n"
@@ -337,17 +357,14 @@ class Bench:
 
     def landing(self) -> None:
         """How well −δ_t finds the first wrong token of a wrong chain, and −Σδ that a prefix has gone wrong: AUROC."""
-        mask, rollouts = self.rollouts.mask.bool(), self.rollouts
-        first = self.first_wrong(rollouts, self.problems)
+        (rollouts, advantage), mask = self.batch, self.rollouts.mask.bool()
+        first = self.first_wrong()
         steps = torch.arange(mask.shape[1])
         chains = (first < rollouts.length) & (first > 1)  # wrong, and not a guess without working
         here, inside = steps == first[:, None], mask & chains[:, None]
-        middle = max(1, self.stage.epochs // 4)
-        signals = {f"{kind}, sapo at epoch {epoch}": self.signal(kind, "sapo", epoch)
-                   for epoch in (1, middle, self.stage.epochs) for kind in ("teacher", "contrast")}
-        signals |= {f"contrast, {loss}": self.signal("contrast", loss) for loss in ("ce", "mse", "nll")}
-        signals["unlearned"] = self.signal("unlearned")
-        signals["outcome advantage"] = group_advantages(rollouts.rewards, rollouts.groups, "std")[:, None].expand(mask.shape)
+        signals = {f"{kind}, {loss}, update {at}": self.signal(kind, loss, lr, at) for loss, lr, at in self.drifted()
+                   for kind in (("teacher", "contrast") if loss == "sapo" else ("contrast",))}
+        signals |= {"unlearned": self.signal("unlearned"), "outcome advantage": advantage[:, None].expand(mask.shape)}
         for name, s in signals.items():
             so_far = (s * mask).cumsum(1)
             self.rows.append({"method": "landing", "path": name, "at": 0, "chains": int(chains.sum()),
@@ -361,10 +378,27 @@ class Bench:
 
         shown = first_of_each(chains)[:6] + first_of_each(rollouts.rewards == 1)[6:8]
         contrast = erpd.normalised(self.signal(), rollouts.mask)
-        texts = rollout.completion_texts(self.policy[1], rollouts)
+        texts = rollout.completion_texts(self.tokenizer, rollouts)
         self.rows.append({"method": "rollouts shown", "path": "sapo, contrast", "at": 0, "shown": [
             {"question": self.problems[rollouts.groups[i]].question, "text": texts[i], "first_wrong": int(first[i]),
              "signal": [round(v, 3) for v in contrast[i, :rollouts.length[i]].tolist()]} for i in shown]})
+
+
+def round_with(share: float, base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable):
+    """A round whose budget closes another share of the gap to 1."""
+    rollouts, _ = erpd.stored_batch(base, tokenizer, problems, config, seed)
+    budget = kl.budget_from_limit(rollouts.rewards.view(-1, config.group).sum(1), config.group, share)
+    return erpd.one_round(base, tokenizer, problems, replace(config, kl_budget=budget), seed=seed, watch=watch)
+
+
+def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable):
+    """Expert iteration: cross-entropy on the right completions, its weights moved back to the same budget."""
+    rollouts, advantage = erpd.stored_batch(base, tokenizer, problems, config, seed)
+    model = erpd.explore(base, rollouts, advantage, config, loss="nll", updates=384, seed=seed)
+    budget = erpd.round_budget(rollouts, config)
+    model, spent = erpd.within_budget(base, model, tokenizer, problems, budget, config, seed)
+    watch("expert iteration", model, kl_round=spent, kl_budget=budget)
+    return model
 
 
 def auroc(score: Tensor, positive: Tensor) -> float:
@@ -379,32 +413,31 @@ def auroc(score: Tensor, positive: Tensor) -> float:
 
 def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
     """Every job of a stage by name, in the order in which they build on one another."""
-    stage, config = bench.stage, bench.config
+    stage, config, full = bench.stage, bench.config, bench.stage.everything
     plan: dict[str, Callable[[], object]] = {
         "base": lambda: bench.measure(bench.base, config.limit_samples, method="base", path="base", at=0)}
-    for lr in stage.rates:
-        long = stage.epochs if lr == config.explore_lr else bench.short("sapo")
-        for loss in stage.losses:
-            epochs = long if loss == "sapo" else bench.short(loss)
-            plan[f"{loss} {lr:g}"] = partial(bench.explored, loss, lr, epochs)
-        if stage.everything:
-            plan[f"clip {lr:g}"] = partial(bench.explored, "clip", lr, long)
-            plan[f"ce {lr:g}"] = partial(bench.explored, "ce", lr, bench.short("ce"))
-            for c in STRENGTHS:
-                plan[f"clip {lr:g} KL {c:g}"] = partial(bench.explored, "clip", lr, long // 2 if long > 4 else long, c)
-            plan |= {f"grpo {lr:g}": partial(bench.grpo, lr, 1), f"grpo 8× {lr:g}": partial(bench.grpo, lr, 8)}
-    plan["unlearned"] = partial(bench.explored, "mse", config.explore_lr, config.unlearn_epochs, reverse=True)
-    plan |= {"erpd": bench.ladder, "weights: erpd": bench.stepped_back}
-    for loss in stage.losses:
-        plan[f"weights: {loss}"] = partial(bench.steps_back, loss, "weights")
-        if stage.everything:
-            plan[f"logits: {loss}"] = partial(bench.steps_back, loss, "logits")
-    if stage.everything:
-        plan |= {"faster explorer": bench.faster, "temperature": bench.temperatures, "control": bench.control,
-                 "teachers": bench.teachers, "landing": bench.landing, "rounds": partial(bench.rounds, config.kl_budget),
-                 "after grpo": partial(bench.after_grpo, config.kl_budget),
-                 "small rounds": partial(bench.rounds, BUDGETS[2], "erpd small rounds"),
-                 "small after grpo": partial(bench.after_grpo, BUDGETS[1], "grpo, then a little erpd")}
+    for loss in ("sapo", "nll", "mse", "ce", "clip") if full else ("sapo", "nll"):
+        plan |= {f"{loss} {lr:g}": partial(bench.until_it_stops, loss, lr) for lr in stage.rates}
+    plan |= {"unlearned policy": bench.tell_unlearned, "erpd": partial(bench.ladder, "erpd", "contrast"),
+             "erpd, unlearned": partial(bench.ladder, "erpd, unlearned", "unlearned"),
+             "weights: nll": partial(bench.steps_back, "nll", "weights"),
+             "weights: sapo": partial(bench.steps_back, "sapo", "weights")}
+    if full:
+        plan["control"] = partial(bench.ladder, "control", "control")
+        plan |= {f"grpo 8× {lr:g}": partial(bench.grpo, lr, 8) for lr in stage.rates}
+        plan |= {f"grpo {lr:g}": partial(bench.grpo, lr, 1) for lr in stage.rates}
+        plan |= {"rounds": partial(bench.rounds, "erpd rounds"),
+                 "unlearned rounds": partial(bench.rounds, "unlearned rounds", signal="unlearned"),
+                 "expert iteration": partial(bench.rounds, "expert iteration", imitation_round,
+                                             explore_lr=stage.rates[-1]),
+                 "after grpo": bench.after_grpo, "teachers": bench.teachers, "crossed": bench.crossed,
+                 "weights: mse": partial(bench.steps_back, "mse", "weights"),
+                 "logits: nll": partial(bench.steps_back, "nll", "logits"), "temperature": bench.temperatures}
+        plan |= {f"clip {lr:g} KL {c:g}": partial(bench.until_it_stops, "clip", lr, c)
+                 for lr in stage.rates for c in STRENGTHS}
+        plan["landing"] = bench.landing
+    plan |= {f"rounds, share {share:g}": partial(bench.rounds, f"rounds, share {share:g}", partial(round_with, share))
+             for share in stage.shares}
     return plan
 
 
@@ -417,11 +450,7 @@ def run_stage(stage: Stage, results: Path, folder: Path, told: Callable[[str], N
             before = len(bench.rows)
             with rollout.autocast(stage.config.precision, bench.base.device):
                 work()
-            settings = {"problems": stage.config.problems, "group": stage.config.group, "operands": stage.config.operands,
-                        "carries": list(stage.carries), "model": Path(stage.config.model).name,
-                        "batch": stage.config.explore_batch, "distill_lr": stage.config.distill_lr,
-                        "distill_epochs": stage.config.distill_epochs, "held_out": stage.config.test_problems}
-            lines = [json.dumps({"stage": stage.name, "seed": stage.config.seed, "job": name, **row, "settings": settings},
+            lines = [json.dumps({"stage": stage.name, "seed": stage.config.seed, "job": name, **row},
                                 ensure_ascii=False) + "\n" for row in bench.rows[before:]]
             with open(results, "ab", buffering=0) as file:  # one write: stages side by side append whole jobs
                 file.write("".join(lines).encode())

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributions import Beta
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kl  # noqa: E402
 from figures.experiments import measured  # noqa: E402
 
-LEVELS = (1 / 3, 1 / 2, 2 / 3)  # of the way from the base's accuracy to 1
+LEVELS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6}  # of the way from the base's accuracy to 1
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, by degrees of freedom
 
 
@@ -21,9 +22,16 @@ class Outcome:
         self.rows = [row | {"method": f"clip + KL {row['kl_coef']:g}"} if row["method"] == "clip + KL" else row
                      for row in rows]
         base = self.one("base")
-        self.base, self.entropy = base["accuracy"], base["entropy"]
-        self.limit = kl.least_kl(torch.tensor(base["pass_rates"]), points=2000)
-        self.levels = [self.base + share * (1 - self.base) for share in LEVELS]
+        self.base, self.entropy, self.samples = base["accuracy"], base["entropy"], base["samples"]
+        self.right = (torch.tensor(base["pass_rates"], dtype=torch.float64) * self.samples).round()
+        self.limit = kl.least_kl(kl.smoothed(self.right, self.samples), points=2000)
+        self.levels = [self.base + share * (1 - self.base) for share in LEVELS.values()]
+
+    def limits(self, draws: int = 200) -> list[tuple[list[float], list[float]]]:
+        """The limit for pass rates drawn from what the base's samples leave open (Jeffreys' posterior, as smoothed)."""
+        torch.manual_seed(0)
+        rates = Beta(self.right + 0.5, self.samples - self.right + 0.5).sample((draws,))
+        return [kl.least_kl(one, points=400) for one in rates]
 
     def of(self, method: str, **fields) -> list[dict]:
         return [row for row in self.rows if row["method"] == method and all(row.get(k) == v for k, v in fields.items())]
@@ -32,7 +40,7 @@ class Outcome:
         return self.of(method, **fields)[0]
 
     def explorer(self, method: str = "sapo", lr: float = 3e-5) -> list[dict]:
-        """An explorer's checkpoints by epoch."""
+        """An explorer's checkpoints by update."""
         return sorted(self.of(method, lr=lr), key=lambda row: row["at"])
 
     def paths(self, method: str) -> list[list[dict]]:
@@ -45,6 +53,7 @@ class Outcome:
                 for name, path in paths.items()]
 
     def best(self, *methods: str) -> float:
+        """The ceiling: the highest accuracy on a method's paths."""
         return max((row["accuracy"] for method in methods for row in self.of(method)), default=math.nan)
 
     def kl_at(self, method: str, accuracy: float) -> float:
@@ -56,11 +65,22 @@ class Outcome:
         return interpolate(accuracy, *self.limit)
 
     def efficiency(self, method: str, level: float) -> float:
-        return self.least(level) / self.kl_at(method, level)
+        """KL of the limit over the method's KL at an accuracy; NaN where no path of it gets there."""
+        spent = self.kl_at(method, level)
+        return self.least(level) / spent if math.isfinite(spent) else math.nan
 
     def worth(self, row: dict) -> float:
-        """KL efficiency of a single policy, at the accuracy that it has."""
+        """KL efficiency of a single policy, at the accuracy that it has; 0 where that is not above the base's."""
         return self.least(row["accuracy"]) / row["kl"] if row["accuracy"] > self.base else 0.0
+
+    def still_rising(self) -> list[str]:
+        """Paths of direct methods whose last checkpoint is above the last but one's interval: they end too early."""
+        found = []
+        for method in {row["method"] for row in self.rows if "fallen" in row}:
+            for path in self.paths(method):
+                if len(path) > 1 and path[-1]["accuracy"] > path[-2]["accuracy_interval"][1]:
+                    found.append(f"{method}, {path[-1]['path']}, update {path[-1]['at']}")
+        return found
 
 
 def interpolate(x: float, xs: list[float], ys: list[float]) -> float:
@@ -84,20 +104,19 @@ def kl_on_path(path: list[dict], start: float, accuracy: float) -> float:
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), T95[min(len(x) - 1, 9)] * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    """(mean, half the width of its 95 % interval) over the seeds that have a value; NaN for what cannot be known."""
+    x = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
+    half = T95[min(len(x) - 1, 9)] * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    return x.mean().item(), half
 
 
 def outcomes(results: Path) -> dict[str, list[Outcome]]:
-    """The outcomes by stage; a seed counts once its jobs are all there."""
+    """The outcomes by stage; a seed counts once its ladders and its strongest opponents are there."""
     found: dict[tuple, list[dict]] = {}
     for row in measured(results):
         found.setdefault((row["stage"], row["seed"]), []).append(row)
     by_stage: dict[str, list[Outcome]] = {}
     for (name, _), rows in sorted(found.items(), key=lambda item: item[0][1]):
-        done = {row["job"] for row in rows}
-        last = {"erpd", "weights: erpd", "weights: nll", "weights: sapo"}
-        last = {"small after grpo"} if name == "64 prompts" else last
-        if last <= done:
+        if {"erpd", "weights: nll", "weights: sapo"} <= {row["job"] for row in rows}:
             by_stage.setdefault(name, []).append(Outcome(rows))
     return by_stage
