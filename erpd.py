@@ -80,11 +80,11 @@ class Config:
     rounds: int = option(4, "rounds; each starts from the last one's student, with new problems", 6)
     test_problems: int = option(256, "held-out problems of the evaluations")
     test_samples: int = option(8, "completions a held-out problem in the final table: accuracy is avg@k")
-    curve_samples: int = option(4, "the same for the checkpoints on the way; 0 leaves them out", zero=True)
-    limit_samples: int = option(64, "the same for the base; from 64 on the figure shows the least KL needed", zero=True)
+    curve_samples: int = option(2, "the same for the checkpoints on the way; 0 leaves them out", zero=True)
+    limit_samples: int = option(32, "the same for the base, whose pass rates give the limit in the figure", zero=True)
 
     loss: str = option("sapo", f"the explorer's: one of {', '.join(LOSSES)}; several teachers as sapo:1,nll:0.5", "mse")
-    explore_updates: int = option(256, "updates of the explorer, in passes over the stored batch")
+    explore_updates: int = option(128, "updates of the explorer, in passes over the stored batch")
     explore_lr: float = option(3e-5, "its learning rate", 1e-6)
     explore_batch: int = option(64, "completions an update, in whole groups", 256)
     advantage: str = option("std", "group advantage Â: std, mean (not divided), loo (leave one out)")
@@ -103,8 +103,6 @@ class Config:
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of δ_t")
     kl_budget: float | str = option("auto", "KL(π_θ‖π_0) a round may spend, nats a completion; auto: from the limit")
     overspend: float = option(1.3, "budgets that the distiller aims at; moved back to one, its policy sheds noise")
-    kl_start: float = option(1.0, "KL coefficient λ that the distiller starts with; the budget moves it")
-    kl_rate: float = option(0.05, "rate of the dual ascent on log λ, per update", zero=True)
 
     tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
     sample_rows: int = option(1024, "completions sampled side by side")
@@ -112,11 +110,10 @@ class Config:
     precision: str = option("auto", "fp32; bf16 (autocast over fp32 weights); auto: bf16 on CUDA")
 
     def __post_init__(self):
-        if self.kl_budget != "auto":
-            try:
-                self.kl_budget = float(self.kl_budget)
-            except ValueError:
-                raise InputError(f"--kl-budget {self.kl_budget!r} is no number: give nats a completion, or auto") from None
+        try:
+            self.kl_budget = self.kl_budget if self.kl_budget == "auto" else float(self.kl_budget)
+        except ValueError:
+            raise InputError(f"--kl-budget {self.kl_budget!r} is no number: give nats a completion or auto") from None
         for f in fields(self):
             value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
             if value not in CHOICES.get(f.name, (value,)):
@@ -182,7 +179,7 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
 def passes(model, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable) -> Iterator:
     """(rows, share of the updates done before, what shows numbers) of each update, in passes over the stored batch.
 
-    `watch` is called with update=… after 1/16, 1/8, 1/4, 1/2 and all of them.
+    `watch` is called with update=… at checkpoints on the way.
     """
     generator, done = torch.Generator().manual_seed(seed), 0
     with tqdm(total=updates, desc=stage, unit="update", leave=False) as bar:
@@ -199,7 +196,8 @@ def passes(model, rollouts: Rollouts, size: int, updates: int, seed: int, stage:
 
 
 def checkpoints(updates: int) -> set[int]:
-    return {updates >> k for k in range(5)}
+    """Where a stage is looked at on its way: a quarter and half of it."""
+    return {updates // 4, updates // 2}
 
 
 def unwatched(name: str, model, **about) -> None:
@@ -311,7 +309,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     """
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
-    multiplier, coefficient, seen = config.kl_start, config.kl_start, []
+    multiplier, coefficient, seen = 1.0, 1.0, []
 
     def objective(policy, part, advantage, tokens, completions):
         log_ratio = policy.log_prob - part.log_probs
@@ -328,7 +326,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - done)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         spent = kl.on_policy_kl(*(pad_sequence(column, batch_first=True) for column in zip(*seen))).item()
-        multiplier, coefficient = kl.dual_ascent(multiplier, spent, budget, config.kl_rate)
+        multiplier, coefficient = kl.dual_ascent(multiplier, spent, budget)
         show(numbers | {"kl": spent, "lambda": coefficient})
         seen.clear()
     return model
@@ -351,16 +349,21 @@ def within_budget(base, student, tokenizer, problems: Sequence[Problem], budget:
 
 # ------------------------------------------------------------------------------------------------------------ one round
 
+class NothingToLearn(InputError):
+    """No problem of a round has both right and wrong completions."""
+
+
 def stored_batch(base, tokenizer, problems: Sequence[Problem], config: Config, seed: int, folder: Path | None = None):
-    """(rollouts, Â [B]): a round's batch, sampled once and judged. Raises InputError where it can teach nothing."""
+    """(rollouts, Â [B]): a round's batch, sampled once and judged. Raises NothingToLearn."""
     rollouts = collect(base, tokenizer, problems, config.group, seed=seed, desc="rollouts", **config.sampling)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         rollouts.save(folder / "rollouts.pt")
     advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
     if not advantage.any():
-        raise InputError(f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): "
-                         "nothing to learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
+        raise NothingToLearn(
+            f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): nothing to "
+            "learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
     return rollouts, advantage
 
 
@@ -371,7 +374,8 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
 
     def drifted(name: str, rollouts: Rollouts, advantage: Tensor, loss: str, updates: int) -> Tensor:
         """log π(y_t|s_t) [B, T] of a policy explored until it drifts, which is dropped once it has scored the batch."""
-        model = explore(base, rollouts, advantage, config, loss=loss, updates=updates, seed=seed, desc=name, watch=watch)
+        model = explore(base, rollouts, advantage, config, loss=loss, updates=updates, seed=seed, desc=name,
+                        watch=watch)
         watch(name, model)
         return score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
 
@@ -464,6 +468,10 @@ def run(config: Config) -> list[dict]:
                              watch=partial(watch, k), folder=folder / f"round-{k}")
                 if config.method != "erpd":
                     watch(k, config.method, policy)
+    except NothingToLearn as reason:
+        if policy is base:
+            raise
+        print(f"round {k} was not begun: {reason}", file=sys.stderr)
     except FloatingPointError as error:
         stage, model = error.args
         save_policy(model, tokenizer, folder / "last_finite")

@@ -151,7 +151,7 @@ def soft_gate_surrogate(ratio: Tensor, advantage: Tensor, tau_right: float = 1.0
 
 # -------------------------------------------------------------------------------------------------------- the KL budget
 
-def dual_ascent(multiplier: float, kl: float, budget: float, rate: float, gain: float = 1.0,
+def dual_ascent(multiplier: float, kl: float, budget: float, rate: float = 0.05, gain: float = 1.0,
                 bound: float = 1e3) -> tuple[float, float]:
     """One step on the dual of max J s.t. KL ≤ budget: (multiplier, the KL coefficient λ to use in the next update).
 

@@ -297,7 +297,8 @@ def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
 def stage(name: str, seed: int, **more) -> Stage:
     """64 problems × 16 completions, 16 updates a pass, unless said otherwise."""
     settings = {f.name: more.pop(f.name) for f in fields(erpd.Config) if f.name in more}
-    config = erpd.Config(**{"model": EMBEDDED, "explore_updates": 256, "distill_updates": 256} | settings, seed=seed)
+    defaults = {"model": EMBEDDED, "explore_updates": 256, "curve_samples": 4, "limit_samples": 64}
+    config = erpd.Config(**defaults | settings, seed=seed)
     return Stage(name, config, **more)
 
 

@@ -22,15 +22,17 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 
 
 def table(rows: Sequence[dict], header: bool = True) -> str:
-    """Policies as lines: accuracy with its 95 % interval over problems, pass@8 from 8 samples on, KL to the base."""
-    lines = [f"{'policy':36} {'avg@k':>6}  {'95 % interval':15} {'k':>3} {'pass@8':>7} {'KL, nats/completion':>20} "
-             f"{'entropy, nats/token':>20}"] if header else []
+    """Policies as lines: accuracy with its 95 % interval over problems, pass@8 from 8 samples on, KL to the first base;
+    of a student also the KL that its round spent and might have spent."""
+    lines = [f"{'round':5} {'policy':30} {'avg@k':>6}  {'95 % interval':15} {'k':>3} {'pass@8':>7} "
+             f"{'KL, nats/completion':>20} {'its round, of budget':>21} {'entropy, nats/token':>20}"] if header else []
     for row in rows:
-        on_its_way = f", update {row['update']}" if "update" in row else ""
+        name = row["policy"] + (f", update {row['update']}" if "update" in row else "")
         low, high = row["accuracy_interval"]
         solved = f"{row['pass']:.1%}" if row["samples"] >= 8 else "–"
-        lines.append(f"{row['policy'] + on_its_way:36} {row['accuracy']:6.1%}  {low:6.1%} – {high:6.1%} "
-                     f"{row['samples']:3} {solved:>7} {row['kl']:20.3f} {row['entropy']:20.3f}")
+        spent = f"{row['kl_round']:.3f} of {row['kl_budget']:.3f}" if "kl_budget" in row else ""
+        lines.append(f"{row['round']:5} {name:30} {row['accuracy']:6.1%}  {low:6.1%} – {high:6.1%} {row['samples']:3} "
+                     f"{solved:>7} {row['kl']:20.3f} {spent:>21} {row['entropy']:20.3f}")
     return "\n".join(lines)
 
 
@@ -39,38 +41,61 @@ def ends(rows: Sequence[dict]) -> list[dict]:
     return [row for row in rows if "update" not in row]
 
 
-def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path, budget: float | None = None) -> None:
-    """The rows of each run by its name: every policy's way, its end large with its interval; the budget; and the limit.
+def ways(rows: Sequence[dict]) -> dict[str, list[list[dict]]]:
+    """The rows by policy, its way in each round by itself, from where the round begins: the end of the one before."""
+    last = {row["round"]: row for row in rows}
+    found: dict[str, dict[int, list[dict]]] = {}
+    for row in rows[1:]:
+        of_rounds = found.setdefault(row["policy"].replace("student on its way", "ERPD student"), {})
+        of_rounds.setdefault(row["round"], [last.get(row["round"] - 1, rows[0])]).append(row)
+    return {name: list(of_rounds.values()) for name, of_rounds in found.items()}
 
-    The limit, the least KL at which any policy can have an accuracy, is drawn where the base (the first row) was
-    sampled 64 times a problem or more: from fewer, problems that look unsolvable would bend it.
+
+def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
+    """The rows of each run by its name: every policy's way in each round, thin; its ends, large, with their intervals;
+    the way of what goes from round to round, thick; and the limit.
+
+    The limit, the least KL at which any policy can have an accuracy, is that of the base's pass rates, smoothed, so
+    that a problem which no sample solved is no wall. The first row is the base's.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
-    ways: dict[str, list[dict]] = {}
+    looks = itertools.cycle(zip(COLOURS[1:], "vsDoPX^"))
+
+    def point(row: dict, **look) -> None:
+        low, high = row["accuracy_interval"]
+        reach = [[max(0.0, row["accuracy"] - low)], [max(0.0, high - row["accuracy"])]]
+        axes.errorbar(row["kl"], row["accuracy"], reach, capsize=3, linestyle="none", **look)
+
     for run, rows in runs.items():
-        for row in rows:
-            name = row["policy"].replace("student on its way", "ERPD student")
-            name += f", round {row['round']}" if row["round"] > 1 else ""
-            ways.setdefault(f"{run}: {name}" if len(runs) > 1 else name, []).append(row)
-    for (name, way), colour, marker in zip(ways.items(), itertools.cycle(COLOURS), itertools.cycle("*vsD^oPX")):
-        x, y, (low, high) = [r["kl"] for r in way], [r["accuracy"] for r in way], way[-1]["accuracy_interval"]
-        axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
-        axes.errorbar(x[-1], y[-1], [[max(0.0, y[-1] - low)], [max(0.0, high - y[-1])]], color=colour, marker=marker,
-                      markersize=8, capsize=3)
-    limits = {tuple(rows[0]["pass_rates"]) for rows in runs.values() if rows[0]["samples"] >= 64}  # of each base once
-    for label, rates in zip(["the limit: least KL of any policy"] + [None] * len(limits), limits):
-        accuracy, least = kl.least_kl(torch.tensor(rates))
-        axes.plot(least, accuracy, color="black", linewidth=1, linestyle="--", label=label)
-    if budget is not None:
-        axes.axvline(budget, color="grey", linewidth=1, linestyle=":", label=f"KL budget, {budget:g} nats")
-    axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion", ylabel="right completions",
-             title="Accuracy against the KL spent for it")
-    axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_xlim(-0.004, 1.3 * max(0.2, *(row["kl"] for rows in runs.values() for row in rows)))
-    axes.xaxis.set_major_formatter("{x:g}")
+        before = f"{run}: " if len(runs) > 1 else ""
+        point(rows[0], color="black", marker="*", markersize=10, label=before + "base")
+        for (name, of_rounds), (colour, marker) in zip(ways(rows).items(), looks):
+            for k, way in enumerate(of_rounds):
+                axes.plot([row["kl"] for row in way], [row["accuracy"] for row in way], color=colour, marker=marker,
+                          markersize=3, linewidth=1, alpha=0.6)
+                point(way[-1], color=colour, marker=marker, markersize=7, label=None if k else before + name)
+            if len(of_rounds) > 1 and way[-1] is rows[-1]:  # the policy that the next round begins with
+                ends_of_rounds = [rows[0], *(way[-1] for way in of_rounds)]
+                axes.plot([row["kl"] for row in ends_of_rounds], [row["accuracy"] for row in ends_of_rounds],
+                          color=colour, linewidth=2.5)
+                for k, row in enumerate(ends_of_rounds[1:], 1):
+                    axes.annotate(str(k), (row["kl"], row["accuracy"]), xytext=(-4, 9), textcoords="offset points")
+    bases = {tuple(rows[0]["pass_rates"]): rows[0]["samples"] for rows in runs.values()}  # each once
+    for k, (rates, samples) in enumerate(bases.items()):
+        accuracy, least = kl.least_kl(kl.smoothed(torch.tensor(rates, dtype=torch.float64) * samples, samples))
+        axes.plot(least, accuracy, color="black", linewidth=1, linestyle="--",
+                  label=None if k else "the limit: least KL of any policy")
+    furthest = max(row["kl"] for rows in runs.values() for row in rows)
+    # KL is quadratic in the distance from the base, so that on this scale a straight way is a straight line.
+    axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
+    axes.set(xlim=(0, 1.1 * max(0.2, furthest)), ylim=(-0.02, 1.03), ylabel="right completions, held out",
+             xlabel="KL(π‖π₀) to the first base, on the policy's own samples, nats a completion (root scale)",
+             title="Accuracy against the KL spent for it" + "; numbers: rounds" * (rows[-1]["round"] > 1))
+    ticks = [tick for tick in (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= 1.1 * max(0.2, furthest)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
 
 

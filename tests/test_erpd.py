@@ -240,9 +240,9 @@ def test_several_teachers_count_by_their_weights_and_not_by_their_drift():
 def test_student_stays_within_its_budget_on_its_own_samples(stage):
     """KL on the stored batch flatters: the budget is kept on fresh samples of the student."""
     base, tokenizer, problems, rollouts = stage
-    config = Config(**SMALL | {"distill_updates": 64, "distill_batch": 8}, distill_lr=1e-3, kl_start=1e-3, kl_rate=0.0)
+    config = Config(**SMALL | {"distill_updates": 64, "distill_batch": 8}, distill_lr=1e-3)
     signal = (rollouts.rewards * 2 - 1)[:, None] * rollouts.mask
-    wild = erpd.distill(base, rollouts, signal, 0.1, config)
+    wild = erpd.distill(base, rollouts, signal, 100.0, config)
     kept, spent = erpd.within_budget(base, wild, tokenizer, problems, 0.1, config)
     fresh = collect(kept, tokenizer, problems, 64, seed=9, **config.sampling)
     measured = divergence(kept, base, fresh)["kl"]
@@ -285,6 +285,23 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert AutoTokenizer.from_pretrained(folder / "policy").encode("1+1=")
     assert not torch.equal(weights(policy), weights(AutoModelForCausalLM.from_pretrained(TINY)))
     assert len(Rollouts.load(folder / "round-2" / "rollouts.pt")) == 64
+
+
+def test_a_later_round_with_nothing_to_learn_ends_the_run_and_keeps_its_policy(tmp_path, monkeypatch, capsys):
+    """Mistake: a policy that solves every new problem costs the user all rounds before."""
+    monkeypatch.chdir(tmp_path)
+    sampled = erpd.collect
+    monkeypatch.setattr(erpd, "collect", lambda *a, seed, desc="", **k: solved(sampled(*a, seed=seed, desc=desc, **k))
+                        if desc == "rollouts" and seed == 2 else sampled(*a, seed=seed, desc=desc, **k))
+
+    def solved(rollouts):
+        rollouts.rewards.fill_(1)
+        return rollouts
+
+    assert erpd.main(arguments(run="solved", rounds=2)) == 0
+    assert "round 2 was not begun: no problem" in capsys.readouterr().err
+    folder = tmp_path / "runs" / "solved"
+    assert (folder / "policy").is_dir() and (folder / "metrics.jsonl").read_text().count("ERPD student") == 1
 
 
 @pytest.mark.parametrize("method", ["grpo", "mse", "nll", "clip"])

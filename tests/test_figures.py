@@ -14,15 +14,22 @@ ROWS = [{"policy": "base", "round": 1, "accuracy": 0.3, "accuracy_interval": [0.
         {"policy": "student on its way", "round": 1, "update": 2, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6],
          "pass": 0.9, "samples": 4, "kl": 0.3, "entropy": 0.02},
         {"policy": "ERPD student", "round": 1, "accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "pass": 0.97,
-         "samples": 8, "kl": 0.8, "entropy": 0.01}]
+         "samples": 8, "kl": 0.8, "entropy": 0.01, "kl_round": 0.8, "kl_budget": 0.85}]
 
 
 def test_a_table_has_pass_at_8_only_where_there_are_8_samples():
     """Mistake: pass@4 in a column that says pass@8, or a policy on its way in the final table."""
     header, *lines = frontier.table(ROWS).splitlines()
-    assert "pass@8" in header and [line.split()[0] for line in lines] == ["base", "student", "ERPD"]
+    assert "pass@8" in header and [line.split()[1] for line in lines] == ["base", "student", "ERPD"]
     assert "update 2" in lines[1] and "–" in lines[1].split()[-3] and "97.0%" in lines[2]
-    assert frontier.ends(ROWS) == [ROWS[0], ROWS[2]]
+    assert "0.800 of 0.850" in lines[2] and frontier.ends(ROWS) == [ROWS[0], ROWS[2]]
+
+
+def test_a_rounds_way_begins_where_the_last_round_ended():
+    """Mistake: the explorer of a later round drawn from the first base, through all rounds before."""
+    later = [row | {"round": 2, "kl": row["kl"] + 1} for row in ROWS[1:]]
+    student = frontier.ways(ROWS + later)["ERPD student"]
+    assert [[row["kl"] for row in way] for way in student] == [[0.0, 0.3, 0.8], [0.8, 1.3, 1.8]]
 
 
 def run(*arguments, folder: Path):
