@@ -102,7 +102,6 @@ class Config:
     distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of δ_t")
     kl_budget: float | str = option("auto", "KL(π_θ‖π_0) a round may spend, nats a completion; auto: from the limit")
-    overspend: float = option(1.3, "budgets that the distiller aims at; moved back to one, its policy sheds noise")
 
     tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
     sample_rows: int = option(1024, "completions sampled side by side")
@@ -395,7 +394,7 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
         torch.save(signal, folder / "signal.pt")
 
     budget = round_budget(rollouts, config)
-    student = distill(base, rollouts, signal, config.overspend * budget, config, seed=seed, watch=watch)
+    student = distill(base, rollouts, signal, budget, config, seed=seed, watch=watch)
     student, spent = within_budget(base, student, tokenizer, problems, budget, config, seed)
     watch("ERPD student", student, kl_round=spent, kl_budget=budget)
     return student

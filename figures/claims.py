@@ -329,7 +329,7 @@ def language_model(model: str) -> list[Stage]:
                   budgets=(), everything=False) for seed in range(2)]
 
 
-RARE = {"model": LONG_BASE, "operands": 8, "max_new_tokens": 128, "curve_samples": 2, "budgets": (0.6, 1.2, 2.0, 3.0)}
+RARE = {"model": LONG_BASE, "operands": 8, "max_new_tokens": 128, "curve_samples": 2, "budgets": (0.6, 1.2, 2.0, 2.6)}
 CELLS = {"256 prompts": {"problems": 256}, "16 prompts": {"problems": 16}, "2 operands": {"operands": 2},
          "3 carries": {"carries": (3,)}, "2 carries": {"carries": (2,)}, "at most 1 carry": {"carries": (0, 1)}}
 

@@ -266,16 +266,19 @@ class Bench:
 
     def student(self, signal: Tensor, budget: float, **about) -> None:
         """Stage 2 as in erpd.one_round, at a budget."""
-        problems, aim = self.problems[:self.config.problems], self.config.overspend * budget
-        student = erpd.distill(self.base, self.rollouts, signal, aim, self.config, seed=self.seed)
+        problems = self.problems[:self.config.problems]
+        student = erpd.distill(self.base, self.rollouts, signal, budget, self.config, seed=self.seed)
         student, spent = erpd.within_budget(self.base, student, self.tokenizer, problems, budget, self.config,
                                             self.seed)
         self.measure(student, **{"at": budget, **about}, budget=budget, spent=spent, rollouts=len(self.rollouts))
 
     def ladder(self, method: str, kind: str) -> None:
-        """Students at every budget of the stage. The control's signal is the outcome Â at every token."""
-        signal = self.batch[1][:, None] * self.rollouts.mask if kind == "control" else self.signal(kind)
-        for budget in self.stage.budgets or [erpd.round_budget(self.rollouts, self.config)]:
+        """Students at the stage's budgets; the control, whose signal is the outcome Â at every token, at the middle ones.
+        """
+        signal, budgets = self.signal(kind) if kind != "control" else None, self.stage.budgets
+        if kind == "control":
+            signal, budgets = self.batch[1][:, None] * self.rollouts.mask, budgets[1:3]
+        for budget in budgets or [erpd.round_budget(self.rollouts, self.config)]:
             self.student(signal, budget, method=method, path=kind)
 
     @property
