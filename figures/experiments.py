@@ -398,7 +398,8 @@ def round_with(share: float, base, tokenizer, problems, config: erpd.Config, *, 
 def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable):
     """Expert iteration: cross-entropy on the right completions, its weights moved back to the same budget."""
     rollouts, advantage = erpd.stored_batch(base, tokenizer, problems, config, seed)
-    model = erpd.explore(base, rollouts, advantage, config, loss="nll", updates=384, seed=seed)
+    updates = 3 * config.explore_updates // 2
+    model = erpd.explore(base, rollouts, advantage, config, loss="nll", updates=updates, seed=seed)
     budget = erpd.round_budget(rollouts, config)
     model, spent = erpd.within_budget(base, model, tokenizer, problems, budget, config, seed)
     watch("expert iteration", model, kl_round=spent, kl_budget=budget)

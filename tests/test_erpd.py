@@ -15,8 +15,8 @@ from rewards import InputError, chain_problems, group_advantages
 from rollout import Rollouts, collect, completion_stats, divergence, load_policy, score
 
 TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
-SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=1, test_problems=8, test_samples=2, curve_samples=1,
-             limit_samples=2, explore_updates=4, unlearn_updates=2, distill_updates=2, explore_batch=32,
+SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=1, test_problems=8, test_samples=2,
+             curve_samples=1, limit_samples=2, explore_updates=4, unlearn_updates=2, distill_updates=2, explore_batch=32,
              distill_batch=32, operands=3)
 
 
@@ -161,7 +161,8 @@ def test_explorer_raises_right_completions_and_the_unlearned_policy_wrong_ones(s
     right = rollouts.rewards.bool()
 
     def gain(advantage, rewards):
-        model = erpd.explore(base, replace(rollouts, rewards=rewards), advantage, Config(**SMALL), loss="mse", updates=6)
+        judged = replace(rollouts, rewards=rewards)
+        model = erpd.explore(base, judged, advantage, Config(**SMALL), loss="mse", updates=6)
         change = (score(model, rollouts) - rollouts.log_probs).sum(1)
         return (change[right].mean() - change[~right].mean()).item()
 

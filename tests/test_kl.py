@@ -493,7 +493,7 @@ def test_least_kl_by_hand():
 
 
 def test_a_rounds_budget_by_hand():
-    """Mistake: rates of 0 and 1, under which a problem is hopeless or done; the share taken of 1, not of what is left."""
+    """Mistake: rates of 0 and 1, under which a problem is hopeless or done; a share of 1, not of what is left to 1."""
     half = kl.budget_from_limit(torch.full((4,), 8), 16)  # p̃ = 8½/17 = ½, so q = ⅞ is asked for
     assert half == pytest.approx((7 / 8 * math.log(7 / 4) + 1 / 8 * math.log(1 / 4)) / 0.8, rel=0.01)
     torch.testing.assert_close(kl.smoothed(torch.tensor([0, 16]), 16), torch.tensor([1 / 34, 33 / 34]).double())
