@@ -96,7 +96,7 @@ class Config:
     unlearn_updates: int = option(64, "updates of the unlearned policy, in batches like the explorer's")
 
     signal: str = option("contrast", "δ_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
-    distill_updates: int = option(256, "updates of the distiller, in passes over the stored batch")
+    distill_updates: int = option(256, "updates of the distiller, in passes over the stored batch", 250)
     distill_lr: float = option(4e-4, "its learning rate, falling to 0", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
     distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")

@@ -321,6 +321,9 @@ def test_several_teachers_run_and_the_seed_decides_everything(tmp_path, monkeypa
         assert erpd.main(several) == 0
         written.append((tmp_path / "runs" / run / "metrics.jsonl").read_text())
     assert written[0] == written[1]
+    student = json.loads(written[0].splitlines()[-1])  # its budget is the stored batch's own
+    right = Rollouts.load(tmp_path / "runs" / "one" / "round-1" / "rollouts.pt").rewards.view(8, 8).sum(1)
+    assert student["kl_round"] <= student["kl_budget"] == erpd.kl.budget_from_limit(right, 8)
 
 
 WRONG = [
