@@ -274,26 +274,43 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
-@torch.no_grad()
 def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_tokens: int, temperature: float,
            stop: Sequence[int], pad_id: int, seed: int, problems: Sequence[int] | None = None) -> Rollouts:
     """`group` completions of every prompt (a list of ids): P·group rows, a prompt's side by side; rewards are NaN.
 
-    Prompts are padded on the left, so that all sequences end in the same column, and run once; their keys and values
-    serve the whole group. The behaviour log-probs come from the very logits that were sampled. The noise belongs to
-    (problem, sample), by default the prompt's index: the same seed gives the same text in any batch, up to rounding.
+    The noise belongs to (problem, sample), by default the prompt's index: the same seed gives the same text in any
+    batch, up to rounding.
     """
-    device, total = model.device, len(prompts) * group
     problems = range(len(prompts)) if problems is None else problems
-    uniform = torch.cat([kl.noise(seed, problem, group, max_new_tokens) for problem in problems]).to(device)
-    stop = torch.tensor(stop, device=device)
+    uniform = torch.cat([kl.noise(seed, problem, group, max_new_tokens) for problem in problems])
+    tokens, log_probs = decode(model, prompts, uniform.to(model.device), temperature, torch.tensor(stop), pad_id)
+    ends = torch.isin(tokens, torch.tensor(stop))
+    length = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
+    begun = [torch.tensor(p) for p in prompts]
+    ids = [torch.cat([begun[b // group], tokens[b, :n]]) for b, n in enumerate(length.tolist())]
+    inside = torch.arange(int(length.max())) < length[:, None]
+    return Rollouts(pad_sequence(ids, batch_first=True, padding_value=pad_id),
+                    torch.tensor([len(p) for p in prompts]).repeat_interleave(group), length,
+                    torch.where(inside, log_probs[:, :inside.shape[1]], 0.0), torch.full((len(ids),), math.nan),
+                    torch.tensor(problems).repeat_interleave(group))
+
+
+@torch.inference_mode()
+def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float, stop: Tensor,
+           pad_id: int) -> tuple[Tensor, Tensor]:
+    """(tokens, their log-probs) [B, T] on the CPU, sampled with the noise `uniform` [B, T]; what follows a stop id is
+    anything. The log-probs come from the very logits that were sampled.
+
+    Prompts are padded on the left, so that all sequences end in the same column, and run once; their keys and values
+    serve the whole group.
+    """
+    (total, steps), device = uniform.shape, model.device
     prompt_length = torch.tensor([len(p) for p in prompts])
     width = int(prompt_length.max())
     left_padded = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    attention = torch.arange(width + max_new_tokens) >= (width - prompt_length)[:, None]
+    attention = torch.arange(width + steps) >= (width - prompt_length)[:, None]
     position = torch.arange(width) - (width - prompt_length)[:, None]
-    attention, position = attention.long().to(device), position.clamp(min=0).to(device)
-
+    attention, position, stop = attention.long().to(device), position.clamp(min=0).to(device), stop.to(device)
     ragged = bool(prompt_length.min() < width)
 
     def mask(columns: int) -> Tensor | None:  # where nothing is padded, none: transformers would wait to see that
@@ -302,15 +319,15 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     output = model(input_ids=left_padded, attention_mask=mask(width), position_ids=position, use_cache=True,
                    logits_to_keep=1)
     row = torch.arange(total, device=device)  # the samples that are still going
-    prompt_of = row // group
+    prompt_of = row // (total // len(prompts))
     logits, attention, position = output.logits[prompt_of, -1], attention[prompt_of], position[prompt_of, -1:]
     cache = output.past_key_values
     cache.reorder_cache(prompt_of)
 
-    tokens = torch.full((total, max_new_tokens), pad_id, device=device)
-    log_probs = torch.zeros(total, max_new_tokens, device=device)
+    tokens = torch.full((total, steps), pad_id, device=device)
+    log_probs = torch.zeros(total, steps, device=device)
     going = torch.ones(total, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
+    for t in range(steps):
         token, log_prob = kl.choose(logits, temperature, uniform[row, t])
         tokens[row, t], log_probs[row, t] = token, log_prob
         going &= (token[:, None] != stop).all(1)
@@ -321,19 +338,10 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
             if len(kept) < len(row):
                 row, token, attention, position, going = (x[kept] for x in (row, token, attention, position, going))
                 cache.reorder_cache(kept)
-        if t < max_new_tokens - 1:
+        if t < steps - 1:
             logits = model(input_ids=token[:, None], attention_mask=mask(width + t + 1), use_cache=True,
                            position_ids=position + t + 1, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-
-    tokens, log_probs = tokens.cpu(), log_probs.cpu()
-    ends = torch.isin(tokens, stop.cpu())
-    length = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
-    begun = [torch.tensor(p) for p in prompts]
-    ids = [torch.cat([begun[b // group], tokens[b, :n]]) for b, n in enumerate(length.tolist())]
-    inside = torch.arange(int(length.max())) < length[:, None]
-    return Rollouts(pad_sequence(ids, batch_first=True, padding_value=pad_id), prompt_length.repeat_interleave(group),
-                    length, torch.where(inside, log_probs[:, :inside.shape[1]], 0.0), torch.full((total,), math.nan),
-                    torch.tensor(problems).repeat_interleave(group))
+    return tokens.cpu(), log_probs.cpu()
 
 
 def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_new_tokens: int, temperature: float = 1.0,
