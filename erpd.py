@@ -34,12 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 import kl
 from figures.frontier import draw_frontier, ends, table
 from rewards import InputError, Problem, group_advantages, load_problems
-from rollout import (Rollouts, autocast, by_tokens, collect, completion_stats, divergence, evaluate, in_batches,
+from rollout import (Memory, Rollouts, autocast, by_tokens, collect, completion_stats, divergence, evaluate, in_batches,
                      load_policy, save_policy, score, trainable)
 
 LOSSES = ("sapo", "ce", "mse", "nll", "clip")
@@ -125,6 +125,8 @@ class Config:
             raise InputError(f"--loss {self.loss!r}: weights are relative to one another, and one teacher needs none")
         if self.group < 2:
             raise InputError(f"--group {self.group}: an advantage compares completions of one problem: give at least 2")
+        if Path(self.run).name != self.run:
+            raise InputError(f"--run {self.run!r} must be the name of a folder under runs/, and no path")
         if "{question}" not in self.template:
             raise InputError(f"--template {self.template!r} must contain {{question}}")
         self.run = self.run or f"{self.method}-{Path(self.data).stem}-s{self.seed}"
@@ -175,13 +177,17 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
     return shown
 
 
-def passes(model, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable) -> Iterator:
+def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable,
+           memory: Memory, more: dict) -> Iterator:
     """(rows, share of the updates done before, what shows numbers) of each update, in passes over the stored batch.
 
-    `watch` is called with update=… at checkpoints on the way.
+    `watch` is called with update=… at checkpoints on the way. After every pass `memory` has all that the stage needs to
+    go on, and `more`.
     """
-    generator, done = torch.Generator().manual_seed(seed), 0
-    with tqdm(total=updates, desc=stage, unit="update", leave=False) as bar:
+    generator = torch.Generator().manual_seed(seed)
+    done = memory.stage(stage, model, optimizer, more)
+    generator.set_state(more.get("shuffle", generator.get_state()))
+    with tqdm(total=updates, initial=done, desc=stage, unit="update", leave=False) as bar:
         def show(numbers: dict) -> None:
             bar.set_postfix({name: f"{number:.3g}" for name, number in numbers.items()}, refresh=False)
 
@@ -192,6 +198,7 @@ def passes(model, rollouts: Rollouts, size: int, updates: int, seed: int, stage:
                 bar.update()
                 if done in checkpoints(updates):
                     watch(stage, model, update=done)
+            memory.put_stage(stage, model, optimizer, more | {"shuffle": generator.get_state()}, done)
 
 
 def checkpoints(updates: int) -> set[int]:
@@ -234,13 +241,13 @@ def explorer_loss(name: str, log_prob: Tensor, part: Rollouts, advantage: Tensor
 
 
 def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss: str, updates: int, seed: int = 0,
-            desc: str = "explorer", watch: Callable = unwatched, resume: tuple | None = None):
+            desc: str = "explorer", watch: Callable = unwatched, memory: Memory = Memory(), start: tuple | None = None):
     """Stage 1: many off-policy updates on the fixed batch, from π_0 = `base`; returns the policy they end in.
 
-    advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs, which are π_0's. `resume` is a (model,
+    advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs, which are π_0's. `start` is a (model,
     optimizer) to go on with instead.
     """
-    model, optimizer = resume or trainable(base, config.explore_lr, config.checkpointing)
+    model, optimizer = start or trainable(base, config.explore_lr, config.checkpointing)
 
     def objective(policy, part, advantage, tokens, completions):
         value = explorer_loss(loss, policy.log_prob, part, advantage, tokens, completions, config)
@@ -250,8 +257,8 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
         return value, {"loss": value.detach(), "kl": (moved * part.mask).sum() / completions,
                        "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
-    reference = base if config.kl_coef else None
-    for rows, _, show in passes(model, rollouts, config.explore_batch, updates, seed, desc, watch):
+    reference, size = base if config.kl_coef else None, config.explore_batch
+    for rows, _, show in passes(model, optimizer, rollouts, size, updates, seed, desc, watch, memory, {}):
         some, its_advantage = rollouts.select(rows), advantage[rows, None]
         show(optimise(model, optimizer, some, its_advantage, objective, config, desc, reference))
     return model
@@ -298,7 +305,7 @@ def round_budget(rollouts: Rollouts, config: Config) -> float:
 
 
 def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Config, *, seed: int = 0,
-            watch: Callable = unwatched):
+            watch: Callable = unwatched, memory: Memory = Memory()):
     """Stage 2: from π_0 again, learn from δ_t [B, T] on the same batch, inside a trust region; returns the student.
 
         maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ)
@@ -308,25 +315,26 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     """
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
-    multiplier, coefficient, seen = 1.0, 1.0, []
+    dual, seen = {"multiplier": 1.0, "coefficient": 1.0}, []
 
     def objective(policy, part, advantage, tokens, completions):
         log_ratio = policy.log_prob - part.log_probs
         # At ε = 1 a wanted token is pushed up to ρ = 2. For an unwanted one the clip never closes, since ρ > 0 = 1 − ε:
         # there KL alone restrains.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
-        value = kl.masked_mean(coefficient * policy.kl - surrogate, part.mask, tokens)
+        value = kl.masked_mean(dual["coefficient"] * policy.kl - surrogate, part.mask, tokens)
         seen.extend(zip(policy.kl.detach(), log_ratio.detach(), part.mask))
         return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
-    stage = "student on its way"
-    for rows, done, show in passes(model, rollouts, config.distill_batch, config.distill_updates, seed, stage, watch):
+    stage, count = "student on its way", config.distill_updates
+    for rows, done, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
+                                   dual):
         # The rate falls to 0: what the last updates of a constant one add is noise, and noise costs KL.
         optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - done)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         spent = kl.on_policy_kl(*(pad_sequence(column, batch_first=True) for column in zip(*seen))).item()
-        multiplier, coefficient = kl.dual_ascent(multiplier, spent, budget)
-        show(numbers | {"kl": spent, "lambda": coefficient})
+        dual["multiplier"], dual["coefficient"] = kl.dual_ascent(dual["multiplier"], spent, budget)
+        show(numbers | {"kl": spent, "lambda": dual["coefficient"]})
         seen.clear()
     return model
 
@@ -352,12 +360,10 @@ class NothingToLearn(InputError):
     """No problem of a round has both right and wrong completions."""
 
 
-def stored_batch(base, tokenizer, problems: Sequence[Problem], config: Config, seed: int, folder: Path | None = None):
+def stored_batch(base, tokenizer, problems: Sequence[Problem], config: Config, seed: int, memory: Memory = Memory()):
     """(rollouts, Â [B]): a round's batch, sampled once and judged. Raises NothingToLearn."""
-    rollouts = collect(base, tokenizer, problems, config.group, seed=seed, desc="rollouts", **config.sampling)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        rollouts.save(folder / "rollouts.pt")
+    rollouts = Rollouts(**memory.once("rollouts", lambda: vars(
+        collect(base, tokenizer, problems, config.group, seed=seed, desc="rollouts", **config.sampling))))
     advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
     if not advantage.any():
         raise NothingToLearn(
@@ -367,16 +373,19 @@ def stored_batch(base, tokenizer, problems: Sequence[Problem], config: Config, s
 
 
 def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0,
-              watch: Callable = unwatched, folder: Path | None = None):
-    """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `folder` takes batch and signal."""
-    rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, folder)
+              watch: Callable = unwatched, memory: Memory = Memory()):
+    """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `memory` takes batch and signal."""
+    rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, memory)
 
     def drifted(name: str, rollouts: Rollouts, advantage: Tensor, loss: str, updates: int) -> Tensor:
         """log π(y_t|s_t) [B, T] of a policy explored until it drifts, which is dropped once it has scored the batch."""
-        model = explore(base, rollouts, advantage, config, loss=loss, updates=updates, seed=seed, desc=name,
-                        watch=watch)
-        watch(name, model)
-        return score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
+        def work() -> Tensor:
+            model = explore(base, rollouts, advantage, config, loss=loss, updates=updates, seed=seed, desc=name,
+                            watch=watch, memory=memory)
+            watch(name, model)
+            return score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
+
+        return memory.once(name, work)
 
     log_unlearned, log_teachers = None, [None]
     if config.signal != "teacher":  # the targets reversed: Â → −Â, r → 1 − r
@@ -390,11 +399,10 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
     signal = signals[0]
     if len(signals) > 1:
         signal = combine_signals(signals, [weight for _, weight in config.teachers], rollouts.mask)
-    if folder:
-        torch.save(signal, folder / "signal.pt")
+    memory.put("signal", signal)
 
     budget = round_budget(rollouts, config)
-    student = distill(base, rollouts, signal, budget, config, seed=seed, watch=watch)
+    student = distill(base, rollouts, signal, budget, config, seed=seed, watch=watch, memory=memory)
     student, spent = within_budget(base, student, tokenizer, problems, budget, config, seed)
     watch("ERPD student", student, kl_round=spent, kl_budget=budget)
     return student
@@ -402,40 +410,46 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
 
 # ------------------------------------------------------------------------------------------- what ERPD is compared with
 
-def direct(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int, watch: Callable, folder: Path):
+def direct(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int, watch: Callable, memory: Memory):
     """A round of an explorer's loss by itself; returns the policy it ends in."""
-    rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, folder)
+    rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, memory)
     return explore(base, rollouts, advantage, config, loss=config.method, updates=config.explore_updates, seed=seed,
-                   desc=config.method, watch=watch)
+                   desc=config.method, watch=watch, memory=memory)
 
 
 def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
-         folder: Path | None = None):
+         memory: Memory = Memory()):
     """On-policy GRPO (2402.03300): `explore` with the clip loss, on fresh samples at every update; nothing is stored.
 
     It sees every problem once, like a run of ERPD, so that both spend as many rollouts.
     """
     model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
-    each = max(1, config.explore_batch // config.group)
+    each, done = max(1, config.explore_batch // config.group), memory.stage("grpo", model, optimizer, {})
     starts = range(0, len(problems), each)
-    for update, start in enumerate(tqdm(starts, desc="grpo", unit="update", leave=False), 1):
+    for update in trange(done + 1, len(starts) + 1, desc="grpo", unit="update", leave=False):
+        start = starts[update - 1]
         rollouts = collect(model, tokenizer, problems[start:start + each], config.group, seed=seed * 100_003 + update,
                            **config.sampling)
         advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
-        explore(base, rollouts, advantage, config, loss="clip", updates=1, seed=update, resume=(model, optimizer),
+        explore(base, rollouts, advantage, config, loss="clip", updates=1, seed=update, start=(model, optimizer),
                 desc=f"grpo, {rollouts.rewards.mean():.1%} right")
         if update in checkpoints(len(starts)):
             watch("grpo", model, update=update)
+        if update % 16 == 0:
+            memory.put_stage("grpo", model, optimizer, {}, update)
     return model
 
 
 # ---------------------------------------------------------------------------------------------------------------- a run
 
-def run(config: Config) -> list[dict]:
-    """Rounds of ERPD, or a direct method. Writes runs/NAME/ as it goes and returns the rows of its metrics.jsonl."""
-    folder, rows = Path("runs") / config.run, []
-    if folder.exists():
-        raise InputError(f"{folder} exists: give the run another name with --run, or remove that folder")
+def run(config: Config, folder: Path) -> list[dict]:
+    """Rounds of ERPD, or a direct method. Writes `folder` as it goes and returns the rows of its metrics.jsonl.
+
+    A run that was stopped goes on in its folder from the last pass over the batch, and ends as if it had not been.
+    """
+    settings = json.dumps(asdict(config), indent=2) + "\n"
+    memory = Memory(folder, settings)
+    rows, done = memory.get("rows") or [], memory.get("policy") or {"round": 0}
     sources = {"seed": config.seed, "operands": config.operands, "question_field": config.question_field or None,
                "answer_field": config.answer_field or None, "divide": config.test_data in ("", config.data)}
     problems = load_problems(config.data, "train", config.problems * config.rounds, **sources)
@@ -443,30 +457,40 @@ def run(config: Config) -> list[dict]:
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     base, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
     base.requires_grad_(False)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(settings)
+
+    def write_rows() -> None:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def watch(round: int, name: str, model, samples: int = config.test_samples, **about) -> None:
-        """Evaluate a policy, on its way with fewer samples. Its row is on disk at once."""
-        samples = config.curve_samples if "update" in about else samples
-        if samples:
+        """Evaluate a policy, on its way with fewer samples. Its row is on disk at once, and not measured again."""
+        samples, this = config.curve_samples if "update" in about else samples, (name, round, about.get("update"))
+        if samples and not any(this == (row["policy"], row["round"], row.get("update")) for row in rows):
             numbers = evaluate(model, base, tokenizer, held_out, samples, seed=config.seed, desc=name,
                                tokens_per_step=config.tokens_per_step, **config.sampling)
             rows.append({"policy": name, "round": round, **about, **numbers})
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            memory.put("rows", rows)
+            write_rows()
             tqdm.write(table(rows[-1:], header=len(rows) == 1))
 
     one = {"erpd": one_round, "grpo": grpo}.get(config.method, direct)
     policy, size = base, len(problems) if config.method == "grpo" else config.problems
+    if done["round"]:
+        policy, _ = trainable(base, 1.0)
+        policy.load_state_dict(done["weights"])
+        policy.requires_grad_(False)
     try:
         with autocast(config.precision, base.device):
             watch(1, "base", base, max(config.test_samples, config.limit_samples))
-            for k, start in enumerate(range(0, len(problems), size), 1):
-                policy = one(policy, tokenizer, problems[start:start + size], config, seed=config.seed * 1000 + k,
-                             watch=partial(watch, k), folder=folder / f"round-{k}")
+            for k in range(done["round"] + 1, len(problems) // size + 1):
+                here = memory.inside(f"round-{k}")
+                policy = one(policy, tokenizer, problems[(k - 1) * size:][:size], config, seed=config.seed * 1000 + k,
+                             watch=partial(watch, k), memory=here)
                 if config.method != "erpd":
                     watch(k, config.method, policy)
+                memory.put("policy", {"round": k, "weights": policy.state_dict()})
+                here.forget("state")
     except NothingToLearn as reason:
         if policy is base:
             raise
@@ -478,6 +502,7 @@ def run(config: Config) -> list[dict]:
                          f"weights are in {folder / 'last_finite'})") from None
     finally:
         if rows:
+            write_rows()
             draw_frontier({config.method: rows}, folder / "frontier.png")
     save_policy(policy, tokenizer, folder / "policy")
     return rows
@@ -485,14 +510,15 @@ def run(config: Config) -> list[dict]:
 
 # ----------------------------------------------------------------------------------------------------- the command line
 
-def read_arguments(arguments: Sequence[str] | None = None) -> Config:
-    """The command line as a Config. Raises InputError."""
+def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path]:
+    """The command line as a Config, and the run's folder. Raises InputError."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise InputError(f"{message} (python erpd.py --help lists every option)")
 
     parser = Parser(prog="erpd.py", usage="python erpd.py [--option value …]", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings")
     parser.add_argument("--paper", action="store_true", help="start from the paper's own settings, for a large GPU")
     papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None}
     for f in fields(Config):
@@ -504,19 +530,42 @@ def read_arguments(arguments: Sequence[str] | None = None) -> Config:
         section.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(),
                              help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    return Config(**(papers if given.pop("paper") else {}) | given)
+    if "resume" in given:
+        return resumed(Path(given.pop("resume")), sorted(name for name, value in given.items() if value))
+    config = Config(**(papers if given.pop("paper") else {}) | given)
+    folder = Path("runs") / config.run
+    if folder.exists():
+        raise InputError(f"{folder} exists: go on with it by --resume {folder}, name another with --run, or remove it")
+    return config, folder
+
+
+def resumed(folder: Path, others: Sequence[str]) -> tuple[Config, Path]:
+    """The settings of a run that was stopped. Raises InputError."""
+    if others:
+        raise InputError(f"--resume {folder} takes the settings of that run: leave --{others[0].replace('_', '-')} out")
+    try:
+        return Config(**json.loads((folder / "config.json").read_text())), folder
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--resume {folder}: there is no run of this version to go on with ({error})") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    folder = None
     try:
-        config = read_arguments(arguments)
-        print(f"{config.method} on {config.data} with {config.model}: the results go to runs/{config.run}/\n")
-        rows = run(config)
+        config, folder = read_arguments(arguments)
+        print(f"{config.method} on {config.data} with {config.model}: the results go to {folder}/\n")
+        rows = run(config, folder)
         print(f"\n{table(ends(rows))}")
-        print(f"\nruns/{config.run}/: policy/ (the final policy), metrics.jsonl (these rows), frontier.png")
+        print(f"\n{folder}/: policy/ (the final policy), metrics.jsonl (these rows), frontier.png")
     except InputError as error:
         print(f"erpd.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"erpd.py: {error}: what is in {folder} stays; once mended, --resume {folder} goes on", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nerpd.py: stopped; python erpd.py --resume {folder} goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

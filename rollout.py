@@ -1,4 +1,4 @@
-"""Policies and text: load a policy, sample completions, the Rollouts batch, score it, evaluate a policy.
+"""Policies and text: load a policy, sample completions, the Rollouts batch, score it, evaluate a policy, remember.
 
 A policy is a pair (model, tokenizer) as transformers loads them. Nothing here asks which model it is.
 Models stay in eval mode everywhere, so dropout is off alike where tokens are sampled and where they are scored.
@@ -6,7 +6,9 @@ Models stay in eval mode everywhere, so dropout is off alike where tokens are sa
 
 import copy
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -168,12 +170,10 @@ class Rollouts:
     def to(self, device) -> "Rollouts":
         return Rollouts(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
-    def save(self, path: str | Path) -> None:
-        torch.save({f.name: getattr(self, f.name) for f in fields(self)}, path)
-
     @staticmethod
     def load(path: str | Path) -> "Rollouts":
-        return Rollouts(**torch.load(path, weights_only=True))
+        """The batch that a run keeps in round-K/rollouts.pt."""
+        return Rollouts(**torch.load(path, weights_only=True)["value"])
 
     @staticmethod
     def concatenate(parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
@@ -437,3 +437,69 @@ def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: 
         "length": rollouts.length.double().mean().item(),
         **divergence(model, reference, rollouts, temperature, tokens_per_step),
     }
+
+
+# ------------------------------------------------------------------------------------------------- what a run remembers
+
+class Memory:
+    """What a run has come to, in its folder, so that it can be stopped at any moment and go on as if it had not been.
+
+    A file is written whole or not at all. One that is damaged is made again, as all that follows from the seed can be;
+    one of a run with other settings (`of`) is refused. Without a folder nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None = None, of: str = ""):
+        self.folder, self.of = folder, of
+
+    def inside(self, name: str) -> "Memory":
+        return Memory(self.folder and self.folder / name, self.of)
+
+    def get(self, name: str):
+        """What was put there, tensors on the CPU; None where there is nothing. Raises InputError."""
+        if self.folder is None or not (path := self.folder / f"{name}.pt").exists():
+            return None
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            of, value = stored["of"], stored["value"]
+        except Exception as error:  # of several kinds: cut short, a bit turned, something else altogether
+            print(f"{path} is damaged and is made again ({type(error).__name__})", file=sys.stderr)
+            return None
+        if of != self.of:
+            raise InputError(f"{path} is of a run with other settings or another version: start a new run with --run")
+        return value
+
+    def put(self, name: str, value) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.folder / f"{name}.part"
+        with open(beside, "wb") as file:
+            torch.save({"of": self.of, "value": value}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.folder / f"{name}.pt")
+
+    def once(self, name: str, make: Callable):
+        """What `make()` gave when it was first asked."""
+        value = self.get(name)
+        if value is None:
+            self.put(name, value := make())
+        return value
+
+    def stage(self, name: str, model, optimizer, more: dict) -> int:
+        """Updates of this stage that were done when the run was stopped, with all as it was then; or 0."""
+        state = self.get("state")
+        if not state or state["stage"] != name:
+            return 0
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        more.update(state["more"])
+        return state["done"]
+
+    def put_stage(self, name: str, model, optimizer, more: dict, done: int) -> None:
+        self.put("state", {"stage": name, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                           "more": more, "done": done})
+
+    def forget(self, name: str) -> None:
+        if self.folder:
+            (self.folder / f"{name}.pt").unlink(missing_ok=True)

@@ -183,11 +183,11 @@ class Bench:
         """
         config = replace(self.config, explore_lr=lr, kl_coef=kl_coef)
         least = self.stage.nll_least if loss == "nll" else self.stage.least
-        resume, done, kept, last = erpd.trainable(self.base, lr), 0, {}, math.inf
+        start, done, kept, last = erpd.trainable(self.base, lr), 0, {}, math.inf
         while done < self.stage.most:
             updates = done or self.stage.least // 16
             model = erpd.explore(self.base, *self.batch, config, loss=loss, updates=updates, seed=self.seed + done,
-                                 resume=resume)
+                                 start=start)
             done += updates
             kept[done] = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
             row = self.measure(model, self.config.curve_samples, method=loss + (" + KL" if kl_coef else ""), at=done,
@@ -273,8 +273,7 @@ class Bench:
         self.measure(student, **{"at": budget, **about}, budget=budget, spent=spent, rollouts=len(self.rollouts))
 
     def ladder(self, method: str, kind: str) -> None:
-        """Students at the stage's budgets; the control, whose signal is the outcome Â at every token, at the middle ones.
-        """
+        """Students at the stage's budgets; the control, whose signal is Â at every token, at the middle ones."""
         signal, budgets = self.signal(kind) if kind != "control" else None, self.stage.budgets
         if kind == "control":
             signal, budgets = self.batch[1][:, None] * self.rollouts.mask, budgets[1:3]

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClas
 import kl
 from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
-from rollout import (Rollouts, bootstrap_interval, by_tokens, collect, completion_stats, completion_texts, divergence,
+from rollout import (Memory, Rollouts, bootstrap_interval, by_tokens, collect, completion_stats, completion_texts, divergence,
                      encode_prompt, evaluate, in_batches, load_policy, output_embedding, pass_at_k, sample, save_policy,
                      score, stop_ids)
 
@@ -409,7 +409,7 @@ def test_ids_are_never_encoded_again(make_bigram, tokenizer):
 def test_save_and_load(tmp_path):
     """Mistake: a field lost or changed on disk: the round's batch is fixed."""
     rollouts = rollouts_by_hand([([5, 3], [4, EOS]), ([6], [7, 3, 4])])
-    rollouts.save(tmp_path / "rollouts.pt")
+    Memory(tmp_path).put("rollouts", vars(rollouts))
     assert_same(Rollouts.load(tmp_path / "rollouts.pt"), rollouts)
 
 
