@@ -490,7 +490,7 @@ def run(config: Config, folder: Path) -> list[dict]:
                 if config.method != "erpd":
                     watch(k, config.method, policy)
                 memory.put("policy", {"round": k, "weights": policy.state_dict()})
-                here.forget("state")
+                here.put("state", None)
     except NothingToLearn as reason:
         if policy is base:
             raise

@@ -351,9 +351,11 @@ def test_damaged_memory_is_made_again_and_anothers_is_refused(tmp_path, capsys):
     memory = Memory(tmp_path, "these settings")
     memory.put("state", {"weights": torch.arange(1000.0)})
     whole = (tmp_path / "state.pt").read_bytes()
-    for damaged in (whole[:len(whole) // 2], b"", whole[:1500] + bytes([whole[1500] ^ 4]) + whole[1501:]):
+    flipped = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:] for at in range(0, len(whole), 97)]
+    for damaged in (whole[:len(whole) // 2], b"", b"junk", *flipped):
         (tmp_path / "state.pt").write_bytes(damaged)
-        assert memory.get("state") is None and "damaged" in capsys.readouterr().err
+        got = memory.get("state")  # a bit of the padding may turn and harm nothing
+        assert torch.equal(got["weights"], torch.arange(1000.0)) if got else "damaged" in capsys.readouterr().err
     (tmp_path / "state.pt").write_bytes(whole)
     assert torch.equal(memory.get("state")["weights"], torch.arange(1000.0))
     with pytest.raises(InputError, match="other settings"):
