@@ -44,9 +44,9 @@ C4  A weak or degenerate teacher still makes a better student. `main` and `rare`
     (a) student of the unlearned policy: accuracy less the base's > 0.10       (b) less its teacher's > 0
     (c), (d) the same for the contrast with the explorer after 256 updates
     (e) KL efficiency of the student less that of the control, Â in place of δ_t, 1/2 of the way > 0
-C5  Several teachers beat one. `main` and `rare`, same budget: KL efficiency at the accuracy reached, sapo + mse + nll
-    by contrast, less that of each of the three alone > 0
-C6  Gains continue over rounds, also where on-policy GRPO has flattened. `main` and `rare`, 4 rounds with --kl-budget auto:
+C5  Several teachers beat one. `main` and `rare`, same budget: KL efficiency at the accuracy reached, sapo + mse +
+    nll by contrast, less that of each of the three alone > 0
+C6  Gains continue over rounds, also where on-policy GRPO has flattened. Both stages, 4 rounds with --kl-budget auto:
     (a) accuracy of round k + 1 less round k > 0, k = 1, 2, 3
     (b) accuracy after 4 rounds less GRPO's with twice as many rollouts > 0
     (c) the same less expert iteration's under the same budgets (cross-entropy on the right completions, 384 updates,
@@ -86,8 +86,8 @@ VERDICTS = HERE / "results" / "verdicts.json"
 EMBEDDED = str(HERE.parent / "tutorial" / "tiny_base")
 LONG_BASE = str(HERE.parent / "tutorial" / "long_base")  # the same, taught to add eight numbers
 CONSTRAINED = ("clip", "clip + KL 0.2", "clip + KL 1")
-OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temperature", "weights: sapo", "weights: mse",
-             "weights: nll", "logits: nll")
+OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temperature", "weights: sapo",
+             "weights: mse", "weights: nll", "logits: nll")
 
 
 # --------------------------------------------------------------------------------------------------------- the verdicts
@@ -321,8 +321,8 @@ def language_model(model: str) -> list[Stage]:
     """The frontier, smaller, on a chat model with one-digit sums."""
     train, test = sums(SCRATCH)
     config = erpd.Config(
-        model=model, data=train, test_data=test, template="{question} Reply with the number only.", problems=12, group=8,
-        max_new_tokens=24, test_problems=27, test_samples=4, curve_samples=4, limit_samples=16, explore_lr=1e-5,
+        model=model, data=train, test_data=test, template="{question} Reply with the number only.", problems=12,
+        group=8, max_new_tokens=24, test_problems=27, test_samples=4, curve_samples=4, limit_samples=16, explore_lr=1e-5,
         explore_batch=16, explore_updates=16, unlearn_updates=6, distill_lr=2e-5, distill_batch=8, distill_updates=24,
         tokens_per_step=1100, sample_rows=256, precision="bf16")
     return [Stage("SmolLM2", replace(config, seed=seed, run=""), rates=(1e-5,), least=16, nll_least=16, most=64,

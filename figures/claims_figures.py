@@ -7,9 +7,6 @@ apart; a method has the same colour, and marker, in all pictures.
 import math
 from pathlib import Path
 
-import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
@@ -19,21 +16,14 @@ from figures.outcomes import LEVELS, interpolate, mean_interval
 
 HERE = Path(__file__).resolve().parent
 BLACK, ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, YELLOW = COLOURS
-MAIN = ("erpd", "nll", "weights: nll", "grpo 8×", "sapo", "control")  # the frontier's; figures/README.md has all
-BACK = "  its weights towards the base"
 LOOKS = {  # method → (colour, marker, line, label)
     "erpd": (VERMILION, "D", "-", "ERPD student"),
-    "erpd, unlearned": (VERMILION, "v", "--", "  by the unlearned policy"),
-    "nll": (BLUE, "o", "-", "cross-entropy on the right completions"), "weights: nll": (BLUE, "v", "--", BACK),
-    "logits: nll": (BLUE, "^", ":", "  its logits towards the base"),
-    "mse": (GREEN, "s", "-", "MSE"), "weights: mse": (GREEN, "v", "--", BACK),
-    "sapo": (ORANGE, "P", "-", "SAPO (the explorer)"), "weights: sapo": (ORANGE, "v", "--", BACK),
-    "ce": (PINK, "X", "-", "CE"), "clip": (BLACK, "*", "-", "clipped off-policy reuse"),
-    "clip + KL 0.2": (BLACK, "*", "--", "  with KL penalty 0.2"),
-    "grpo": (SKY, "h", "--", "on-policy GRPO, as many rollouts"),
+    "nll": (BLUE, "o", "-", "cross-entropy on the right completions"),
+    "weights: nll": (BLUE, "v", "--", "  its weights towards the base"),
     "grpo 8×": (SKY, "h", "-", "on-policy GRPO, 8× the rollouts"),
-    "control": ("grey", "d", ":", "stage 2 with Â (the control)"),
-    "temperature": ("grey", "_", "-", "the base, colder or hotter")}
+    "sapo": (ORANGE, "P", "-", "SAPO (the explorer)"), "weights: sapo": (ORANGE, "v", "--", "its weights"),
+    "control": ("grey", "d", ":", "stage 2 with Â in place of δ_t (the control)")}
+MAIN = ("erpd", "nll", "weights: nll", "grpo 8×", "sapo", "control")  # the frontier's; figures/README.md has all
 
 
 def save(figure: Figure, name: str) -> None:
@@ -136,31 +126,6 @@ def frontier(by_stage: dict) -> None:
     save(figure, "frontier.png")
 
 
-def language_model(by_stage: dict) -> None:
-    """Every measured policy of the chat model, by seed: two seeds give no band worth drawing."""
-    outcomes = by_stage["SmolLM2"]
-    figure = Figure(figsize=(7, 4.8), layout="constrained")
-    axes = figure.subplots()
-    for o in outcomes:
-        first = o is outcomes[0]
-        axes.plot(o.limit[1], o.limit[0], color="black", linewidth=1, linestyle=(0, (4, 2)),
-                  label="the limit" if first else None)
-        for method, (colour, marker, line, label) in LOOKS.items():
-            for path in o.paths(method):
-                axes.plot([0, *(row["kl"] for row in path)], [o.base, *(row["accuracy"] for row in path)], color=colour,
-                          marker=marker, linestyle=line, linewidth=1 + (method == "erpd"), markersize=5,
-                          label=label if first else None)
-    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    axes.set_xlim(0, 3.2)
-    axes.set_xticks([0, 0.1, 0.3, 1, 2, 3], ["0", "0.1", "0.3", "1", "2", "3"])
-    axes.set(xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (square-root scale)",
-             ylabel="right completions, held out")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_title(f"SmolLM2-135M on one-digit sums, 96 stored completions ({len(outcomes)} seeds)", fontsize=9)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-    save(figure, "language_model.png")
-
-
 def teacher_accuracy(outcome, row: dict) -> float:
     if row["kind"] == "unlearned":
         return outcome.best("unlearned")
@@ -252,44 +217,6 @@ def long_grpo(outcome) -> list[dict]:
     return max(outcome.paths("grpo 8×"), key=lambda path: path[-1]["accuracy"])
 
 
-def landing(by_stage: dict) -> None:
-    outcomes = [o for o in by_stage["main"] if o.of("landing")]
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
-    shown = outcomes[0].one("rollouts shown")["shown"]
-    norm = TwoSlopeNorm(0, -4, 4)
-    colours = ScalarMappable(norm, "RdBu")
-    for line, item in enumerate(shown):
-        text = item["text"].replace("\n", "⏎")[:len(item["signal"])] + "■"
-        for i, (character, s) in enumerate(zip(text, item["signal"])):
-            shade = colours.to_rgba(max(-4, min(4, s)))
-            left.add_patch(Rectangle((i, line), 1, 0.9, facecolor=shade, edgecolor="none"))
-            left.text(i + 0.5, line + 0.47, character, ha="center", va="center", fontsize=6.5, family="monospace",
-                      color="white" if abs(s) > 2.6 else "black")
-            if i == item["first_wrong"]:
-                left.add_patch(Rectangle((i, line), 1, 0.9, facecolor="none", edgecolor="black", linewidth=1.4))
-        left.text(-0.6, line + 0.47, item["question"], ha="right", va="center", fontsize=7, family="monospace")
-    left.set(xlim=(-13, max(len(i["signal"]) for i in shown) + 0.5), ylim=(len(shown), -0.3))
-    left.axis("off")
-    left.set_title("Stored completions (■: end), coloured by δ_t; a box: the first wrong token", fontsize=9)
-    figure.colorbar(colours, ax=left, shrink=0.6, label="δ_t over its root mean square (red: worse)")
-    names = [row["path"] for row in outcomes[0].of("landing")]
-    for at, (what, colour, label) in enumerate((("first_wrong", VERMILION, "−δ_t: which token is the first wrong one"),
-                                                ("gone_wrong", BLUE, "−Σ δ: has the prefix gone wrong"))):
-        means, halves = zip(*(mean_interval([o.one("landing", path=name)[what] for o in outcomes]) for name in names))
-        right.barh([i + 0.4 * at for i in range(len(names))], means, 0.38, xerr=halves, color=colour, label=label,
-                   error_kw={"elinewidth": 0.8})
-    right.set_yticks([i + 0.2 for i in range(len(names))], names, fontsize=8)
-    right.invert_yaxis()
-    right.set_xlim(0, 1)
-    right.axvline(0.5, color="grey", linewidth=1, linestyle=":")
-    right.set_xlabel("AUROC in wrong chains (0.5: chance)")
-    right.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.12))
-    right.set_title(f"How well a signal finds the mistake ({len(outcomes)} seeds)", fontsize=9)
-    figure.suptitle("The drifted policies know where a chain goes wrong; the outcome advantage does not", fontsize=10)
-    save(figure, "landing.png")
-
-
 CELLS = (("how often the base is right", ("3 carries", "2 carries", "main", "at most 1 carry")),
          ("prompts in the batch", ("16 prompts", "main", "256 prompts")),
          ("operands in a chain", ("2 operands", "main", "rare")))
@@ -308,10 +235,12 @@ def which_wins(by_stage: dict) -> None:
                 text, shade = (efficiency_cell if y == 0 else ceiling_cell)(outcomes)
                 axes.add_patch(Rectangle((x, y), 0.98, 0.96, facecolor=shade, alpha=0.35, edgecolor=shade))
                 for line, (words, weight) in enumerate(zip(text, ("bold", "normal"))):
-                    axes.text(x + 0.49, y + 0.32 + 0.36 * line, words, ha="center", va="center",
-                              fontsize=9 - line, weight=weight)
-            base = f"{mean_interval([o.base for o in outcomes])[0]:.0%} right, {len(outcomes)} seeds" if outcomes else ""
-            axes.text(x + 0.49, -0.12, cell_name(title, name, base or "not run"), ha="center", va="bottom", fontsize=8)
+                    axes.text(x + 0.49, y + 0.32 + 0.36 * line, words, ha="center", va="center", fontsize=9 - line,
+                              weight=weight)
+            base = "not run"
+            if outcomes:
+                base = f"{mean_interval([o.base for o in outcomes])[0]:.0%} right, {len(outcomes)} seeds"
+            axes.text(x + 0.49, -0.12, cell_name(title, name, base), ha="center", va="bottom", fontsize=8)
         axes.set(xlim=(-0.02, 4), ylim=(2.02, -0.5))
         axes.set_yticks([0.48, 1.48], ["KL efficiency", "ceiling"], fontsize=8)
         axes.set_xticks([])
@@ -358,9 +287,7 @@ def cell_name(title: str, name: str, base: str) -> str:
 
 def draw(by_stage: dict) -> None:
     pictures = {extreme_region: "clip + KL 1", frontier: "erpd", weak_teachers: "student", rounds: "erpd rounds",
-                landing: "landing", which_wins: "erpd"}
+                which_wins: "erpd"}
     for picture, method in pictures.items():
         if any(o.of(method) for o in by_stage.get("main", [])):
             picture(by_stage)
-    if "SmolLM2" in by_stage:
-        language_model(by_stage)

@@ -340,52 +340,6 @@ class Bench:
         best = max((r for r in self.rows if r["method"] == "grpo 8×"), key=lambda r: (r["rollouts"], r["accuracy"]))
         self.rounds("grpo, then erpd", start=self.grpo(best["lr"], 8, tell=False), before=best["rollouts"], count=1)
 
-    # ----------------------------------------------------------------------------------------------- where it lands
-
-    def first_wrong(self) -> Tensor:
-        """[B] index of the first token that a right worked solution would not have; the length where there is none.
-
-        It takes a character for a token, as the embedded policies do.
-        """
-        texts, firsts = rollout.completion_texts(self.tokenizer, self.rollouts), []
-        for text, group, length in zip(texts, self.rollouts.groups.tolist(), self.rollouts.length.tolist()):
-            total, *rest = (int(n) for n in self.problems[group].question.rstrip("=").split("+"))
-            right = "\n"
-            for n in rest:
-                right += f"{total}+{n}={total + n}\n"
-                total += n
-            right += f"So \\boxed{{{total}}}."
-            firsts.append(next((i for i, (a, b) in enumerate(zip(text, right)) if a != b), length))
-        return torch.tensor(firsts)
-
-    def landing(self) -> None:
-        """How well −δ_t finds the first wrong token of a wrong chain, and −Σδ that a prefix has gone wrong: AUROC."""
-        (rollouts, advantage), mask = self.batch, self.rollouts.mask.bool()
-        first = self.first_wrong()
-        steps = torch.arange(mask.shape[1])
-        chains = (first < rollouts.length) & (first > 1)  # wrong, and not a guess without working
-        here, inside = steps == first[:, None], mask & chains[:, None]
-        signals = {f"{kind}, {loss}, update {at}": self.signal(kind, loss, lr, at) for loss, lr, at in self.drifted()
-                   for kind in (("teacher", "contrast") if loss == "sapo" else ("contrast",))}
-        signals |= {"unlearned": self.signal("unlearned"), "outcome advantage": advantage[:, None].expand(mask.shape)}
-        for name, s in signals.items():
-            so_far = (s * mask).cumsum(1)
-            self.rows.append({"method": "landing", "path": name, "at": 0, "chains": int(chains.sum()),
-                              "first_wrong": auroc(-s[inside], here[inside]),
-                              "gone_wrong": auroc(-so_far[inside], (steps >= first[:, None])[inside])})
-
-        def first_of_each(chosen: Tensor) -> list[int]:
-            """The first chosen completion of every problem that has one."""
-            each = chosen.view(-1, self.config.group)
-            return [g * self.config.group + int(each[g].float().argmax()) for g in each.any(1).nonzero()[:, 0].tolist()]
-
-        shown = first_of_each(chains)[:6] + first_of_each(rollouts.rewards == 1)[6:8]
-        contrast = erpd.normalised(self.signal(), rollouts.mask)
-        texts = rollout.completion_texts(self.tokenizer, rollouts)
-        self.rows.append({"method": "rollouts shown", "path": "sapo, contrast", "at": 0, "shown": [
-            {"question": self.problems[rollouts.groups[i]].question, "text": texts[i], "first_wrong": int(first[i]),
-             "signal": [round(v, 3) for v in contrast[i, :rollouts.length[i]].tolist()]} for i in shown]})
-
 
 def round_with(share: float, base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable):
     """A round whose budget closes another share of the gap to 1."""
@@ -403,16 +357,6 @@ def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int
     model, spent = erpd.within_budget(base, model, tokenizer, problems, budget, config, seed)
     watch("expert iteration", model, kl_round=spent, kl_budget=budget)
     return model
-
-
-def auroc(score: Tensor, positive: Tensor) -> float:
-    """Chance that a positive scores higher than a negative, ties counted half (Mann and Whitney)."""
-    values, order = score.double().sort()
-    _, groups, counts = values.unique_consecutive(return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[groups]  # the mean rank of equal scores
-    hits = positive[order]
-    n, m = int(hits.sum()), int((~hits).sum())
-    return ((rank[hits].sum() - n * (n + 1) / 2) / (n * m)).item() if n and m else float("nan")
 
 
 def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
@@ -439,7 +383,6 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
                  "logits: nll": partial(bench.steps_back, "nll", "logits"), "temperature": bench.temperatures}
         plan |= {f"clip {lr:g} KL {c:g}": partial(bench.until_it_stops, "clip", lr, c)
                  for lr in stage.rates for c in STRENGTHS}
-        plan["landing"] = bench.landing
     plan |= {f"rounds, share {share:g}": partial(bench.rounds, f"rounds, share {share:g}", partial(round_with, share))
              for share in stage.shares}
     return plan

@@ -112,13 +112,6 @@ def test_a_statistic_is_met_only_with_its_whole_interval():
     assert not claims.Statistic("C", "", [0.2], False, 0.33).met()  # one seed proves nothing
 
 
-def test_auroc_counts_pairs():
-    torch.manual_seed(0)
-    score, positive = torch.randint(0, 6, (60,)).float(), torch.rand(60) < 0.4
-    pairs = [(a > b) + 0.5 * (a == b) for a in score[positive].tolist() for b in score[~positive].tolist()]
-    assert experiments.auroc(score, positive) == pytest.approx(sum(pairs) / len(pairs))
-
-
 def test_all_jobs_run_and_a_second_start_runs_none(tmp_path):
     """A job that is never reached in a short session; rows that are written twice after a stop."""
     stage = claims.quick_stage()
