@@ -22,8 +22,8 @@ from rollout import Memory, Rollouts, collect, completion_stats, divergence, loa
 
 TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
 SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=1, test_problems=8, test_samples=2,
-             curve_samples=1, limit_samples=2, explore_updates=4, unlearn_updates=2, distill_updates=2, explore_batch=32,
-             distill_batch=32, operands=3)
+             curve_samples=1, limit_samples=2, explore_updates=4, unlearn_updates=2, distill_updates=2,
+             explore_batch=32, distill_batch=32, operands=3)
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,8 @@ def started(folder: Path, given: list[str]) -> None:
 
 @pytest.mark.parametrize("method", ["erpd", "grpo"])
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, method):
-    """Mistakes: an optimizer, a shuffle or λ that begins anew, a row measured twice, a file half written. To the bit."""
+    """Mistakes: an optimizer, a shuffle or λ that begins anew, a row measured twice, a file half written. To the bit.
+    """
     context, random = get_context("forkserver"), Random(0)
     context.set_forkserver_preload(["erpd"])
     given = arguments(run="one", method=method, rounds=2, device="cpu", explore_updates=8, distill_updates=8)
@@ -331,7 +332,8 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, metho
     assert whole.exitcode == 0
     while True:
         there = (tmp_path / "killed" / "runs" / "one" / "config.json").exists()
-        process = context.Process(target=started, args=(tmp_path / "killed", ["--resume", "runs/one"] if there else given))
+        line = ["--resume", "runs/one"] if there else given
+        process = context.Process(target=started, args=(tmp_path / "killed", line))
         process.start()
         process.join(lasted * random.uniform(0.05, 0.25) if kills < 10 else None)
         if process.exitcode is not None:

@@ -13,9 +13,9 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClas
 import kl
 from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
-from rollout import (Memory, Rollouts, bootstrap_interval, by_tokens, collect, completion_stats, completion_texts, divergence,
-                     encode_prompt, evaluate, in_batches, load_policy, output_embedding, pass_at_k, sample, save_policy,
-                     score, stop_ids)
+from rollout import (Memory, Rollouts, bootstrap_interval, by_tokens, collect, completion_stats, completion_texts,
+                     divergence, encode_prompt, evaluate, in_batches, load_policy, output_embedding, pass_at_k, sample,
+                     save_policy, score, stop_ids)
 
 PROMPTS = [[5, 3, 14, 4, 9, 13, 7], [4], [6, 13, 8, 14]]  # ragged
 NAMES = [f.name for f in fields(Rollouts)]
