@@ -199,7 +199,7 @@ def interpolated(base, model, alpha: float):
 
 
 def smoothed(right: Tensor, samples: int) -> Tensor:
-    """Pass rates (c + ½)/(n + 1) [P] of c right completions in n: Jeffreys' prior, under which no problem is hopeless."""
+    """Pass rates (c + ½)/(n + 1) [P] of c right completions in n: Jeffreys' prior, where no problem is hopeless."""
     return (right.double() + 0.5) / (samples + 1)
 
 
