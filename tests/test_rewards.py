@@ -201,7 +201,7 @@ def verdict_seconds(text):
     """Processor time of this thread: on a busy machine the clock on the wall measures the neighbours."""
     other = text[:-1] + "3"
     rewards.read.cache_clear()
-    rewards.value.cache_clear()
+    rewards.values.cache_clear()
     start = time.thread_time()
     is_correct(text, other)
     rewards.reward(text, "3")
