@@ -221,7 +221,7 @@ SENTENCE_END = re.compile(  # or a reason
 ASIDE = re.compile(
     r"^not\s.*\sbut\s|(?:,|\sand|\sbut)\snot\s.*|\s(?:rather than|instead of)\s.*|\sis (?:the|our|my)\b[a-z ]*\banswer$"
     r"|^(?:(?:therefore|thus|then|simply|just|exactly|about|approximately|equal to|given by|choice|option),?\s)+")
-START = re.compile(r"(?<=[a-z][a-z,:]\s)(?=[-−+$€£\\(\[{|.√\d]|[A-Za-z](?![a-z])|[A-Z]+\b)")  # of a formula, after a word
+START = re.compile(r"(?<=[A-Za-z][a-z,:]\s)(?=[-−+$€£\\(\[{|.√\d]|[A-Za-z](?![a-z])|[A-Z]+\b)")  # of a formula, after a word
 UNSAID = re.compile(  # what makes the formula after it a part of what is said, or not said at all
     r"\b(?:not|\w+n't|never|cannot|false|wrong)\b(?!.*\bbut\b)|\b(?:is|are)\b.*\d.*\b(?:is|are)\b|\\[a-z]+\s*$"
     r"|(?:half|third|quarter|\d\S*)\s+(?:to|of)\s*$", re.I)
@@ -350,7 +350,7 @@ def quote(command: re.Match) -> str:
 
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # of LaTeX into signs and "words"
     (r"^[\s$]*(-?)\s*\\\$\s*([\d.,\\!]+)[\s$]*$", r"\1\2 \\text{dollar}"),
-    (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),  # what stands around maths
+    (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "), (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),  # what stands around maths
     (r"^(?:\\approx|Rs\.?|US(?=\s*\d)|USD)(?![A-Za-z])\s*", ""), (r"(?<=[a-z])\.(?=\s|$|[a-z]\b)", ""),  # sq. ft., a.m.
     (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
     (r"(?<![\d.])\d{1,3}(?:(?:_\d{3})+|(?:,\d{3})+(?![^(\[]*[)\]]))(?!\d)", lambda n: re.sub("[,_]", "", n[0])),
@@ -608,6 +608,9 @@ def statement(sides: list[Tree], signs: list[str]) -> Tree:
     """What a chain of relations says: a formula, ("=", name, value), an equation ("=", left, right), or an interval."""
     named = is_name(sides[0])
     if signs[-1] == "≈" and not is_name(sides[-2]):  # 20000/π ≈ 6366.2 says 20000/π
+        shown = sides[-1] if operation(sides[-1]) == "decimal" else ("decimal", sides[-1], 1)
+        if not isinstance(shown[1], Fraction) or not rounds(shown, sides[-2]):
+            raise ValueError("not its rounded value")
         sides, signs = sides[:-1], signs[:-1]
     if set(signs) <= set("=≈") or signs == ["∈"] and named:
         if all(same(side, sides[-1]) for side in sides[named:]):  # 37+48 = 85 says 85
@@ -645,7 +648,7 @@ def read(text: str) -> Tree:
         raise ValueError("undefined")
     except (ValueError, ArithmeticError) as error:
         letter = re.search("[A-Za-z]", re.sub(r"\\(?:frac|binom|sqrt|abs)", "", cleaned))
-        if letter and cleaned.count("{") == cleaned.count("}"):
+        if letter and len(re.findall(r"[(\[{]", cleaned)) == len(re.findall(r"[)\]}]", cleaned)):
             return ("text", as_words(cleaned))
         raise InputError(str(error)) from None
 
@@ -704,10 +707,10 @@ def same(a: Tree, b: Tree) -> bool:
         return a == b
     rest = list(b[1:])
     for item in a[1:]:
-        match = [n for n, other in enumerate(rest) if same(item, other)] if a[0] == "set" else [0] * same(item, rest[0])
-        if not match:
+        match = next((n for n, other in enumerate(rest if a[0] == "set" else rest[:1]) if same(item, other)), None)
+        if match is None:
             return False
-        del rest[match[0]]
+        del rest[match]
     return True
 
 
@@ -726,7 +729,7 @@ def equal(a: Tree, b: Tree) -> bool:
             return one[1:] == other[1:] if operation(other) == "base" else equal(one[1], other)
         if operation(one) == "%" != operation(other) and equal(one[1], other) and abs(values(other)[0][0]) > 1:
             return True
-        if operation(one) == "decimal" != operation(other) and rounds(one, other):
+        if operation(one) == "decimal" != operation(other) and abs(one[1]) >= 10 ** 5 * one[2] and rounds(one, other):
             return True
     pairs = [(*x, *y) for x, y in zip(values(a), values(b)) if x and y]
     return len(pairs) >= 3 and all(abs(x - y) <= 16 * (x_error + y_error) + 1e-300 if x_error or y_error else x == y
@@ -734,10 +737,10 @@ def equal(a: Tree, b: Tree) -> bool:
 
 
 def rounds(decimal: Tree, other: Tree) -> bool:
-    """Whether a decimal of six digits is a number, rounded or cut."""
+    """Whether a decimal is a number, rounded or cut."""
     _, shown, last = decimal
     known = not variables(other) and operation(other) not in STRUCTURES and values(other)[0]
-    if not known or abs(known[0].imag) > 1e-12 * abs(known[0]) or abs(shown) < 10 ** 5 * last:
+    if not known or abs(known[0].imag) > 1e-12 * abs(known[0]):
         return False
     off = (Fraction(known[0].real) - shown) * (1 if shown > 0 else -1) / last
     return -0.5 <= off < 0.999999
@@ -750,7 +753,7 @@ POINTS = [(range(2, 9, 2), 0), (range(33, 64, 2), 10), (), (range(3, 10, 2), 0),
           (range(33, 64, 2), 15), (), (range(10, 41), 0), (range(33, 64, 2), 7), (range(100, 1000), 0),
           (range(33, 64, 2), 13), (range(33, 64, 2), 5), (range(65, 512, 2), 1), (range(33, 64, 2), 17)]
 EPSILON = 2.0 ** -52  # of doubles
-MAX_BITS = 2 ** 13  # of a numerator or denominator
+MAX_BITS = 2 ** 16, 2 ** 13  # of a numerator, a denominator
 
 
 @lru_cache(maxsize=4096)
@@ -815,16 +818,17 @@ def value(node: Tree, point: int) -> tuple:
 def product(*xs: Fraction | complex) -> Fraction | complex:
     if not all(isinstance(x, Fraction) for x in xs):
         return math.prod(xs)
-    if sum(x.numerator.bit_length() for x in xs) > MAX_BITS or sum(x.denominator.bit_length() for x in xs) > MAX_BITS:
+    parts = [x.numerator for x in xs], [x.denominator for x in xs]
+    if any(sum(map(int.bit_length, part)) > limit for part, limit in zip(parts, MAX_BITS)):
         raise OverflowError("too large")
-    return Fraction(math.prod(x.numerator for x in xs), math.prod(x.denominator for x in xs))
+    return Fraction(*map(math.prod, parts))
 
 
 def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     """x^y, exact for an integer exponent; the real root for an odd root of a negative number."""
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         if y.denominator == 1:
-            if (max(abs(x.numerator), x.denominator).bit_length() - 1) * abs(y) > MAX_BITS:
+            if (max(abs(x.numerator), x.denominator).bit_length() - 1) * abs(y) > MAX_BITS[x.denominator > 1]:
                 raise OverflowError("too large")
             return x ** int(y)
         if x < 0 and y.denominator % 2:
