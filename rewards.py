@@ -214,17 +214,19 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
 # -------------------------------------------------------------- extracting: from a completion to the text of its answer
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([^\s{}$]+))")
-STATEMENT = re.compile(r"\banswer(?:\s(?:to|of|for)\s[^.:=\n]{1,60}?)?\s{0,3}\**\s?(?:is\b|equals\b|:|=)[\s:*=]{0,10}", re.I)
+STATEMENT = re.compile(
+    r"\banswer(?:\s(?:to|of|for)\s[^.:=\n]{1,60}?)?\s{0,3}\**\s?(?:is\b|equals\b|:|=)[\s:*=]{0,10}", re.IGNORECASE)
 SENTENCE_END = re.compile(  # or a reason
     r"[.!?](?=[\s*`]*$|\s+[A-Z*#])|(?<![A-Za-z])[.!?](?=\s+[$\\])|,?\s\(?(?:because|since|so|which|where|due|hence|thus"
     r"|therefore|given|assuming|by(?!\s\S*\d)|as\s(?:required|desired|needed|claimed|expected|computed|shown))\b")
 ASIDE = re.compile(
     r"^not\s.*\sbut\s|(?:,|\sand|\sbut)\snot\s.*|\s(?:rather than|instead of)\s.*|\sis (?:the|our|my)\b[a-z ]*\banswer$"
     r"|^(?:(?:therefore|thus|then|simply|just|exactly|about|approximately|equal to|given by|choice|option),?\s)+")
-START = re.compile(r"(?<=[A-Za-z][a-z,:]\s)(?=[-−+$€£\\(\[{|.√\d]|[A-Za-z](?![a-z])|[A-Z]+\b)")  # of a formula, after a word
+# Where a formula may begin after a word.
+START = re.compile(r"(?<=[A-Za-z][a-z,:]\s)(?=[-−+$€£\\(\[{|.√\d]|[A-Za-z](?![a-z])|[A-Z]+\b)")
 UNSAID = re.compile(  # what makes the formula after it a part of what is said, or not said at all
     r"\b(?:not|\w+n't|never|cannot|false|wrong)\b(?!.*\bbut\b)|\b(?:is|are)\b.*\d.*\b(?:is|are)\b|\\[a-z]+\s*$"
-    r"|(?:half|third|quarter|\d\S*)\s+(?:to|of)\s*$", re.I)
+    r"|(?:half|third|quarter)\s+of\s*$|\d\S*\s+(?!is|are|equals|gives|makes)[a-z]+\s*$|\b(?:by|in)\s*$", re.I)
 
 
 def extract_answer(text: str) -> str | None:
@@ -268,13 +270,6 @@ def last_box(text: str) -> str | None:
     return unclosed
 
 
-def is_formula(text: str) -> bool:
-    try:
-        return operation(read(text)) != "text"
-    except InputError:
-        return False
-
-
 def stated(line: str, said: bool) -> str | None:
     """All of a line, or the first of its tails that is a formula after words: "there are 12 apples". After "the answer
     is" (`said`), these words must end in is, are or be."""
@@ -286,8 +281,11 @@ def stated(line: str, said: bool) -> str | None:
     for start in [0, *starts[-12:]]:
         word = line[:start].lower().rstrip(" ,:").rpartition(" ")[2]
         free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS - {"to", "of"}
-        if (start == 0 or free and not UNSAID.search(line[:start])) and is_formula(line[start:]):
-            return line[start:]
+        try:
+            if (start == 0 or free and not UNSAID.search(line[:start])) and operation(read(line[start:])) != "text":
+                return line[start:]
+        except InputError:
+            continue
     return line if line and said else words if words.isalpha() else None
 
 
@@ -327,7 +325,7 @@ MODIFIERS = set(
     "unless if when except without half halves third thirds quarter quarters fourths fifths sixths eighths tenth tenths "
     "hundredths thousandths hundreds thousands millions billions score pair pairs couple twice double doubled squared "
     "cubed factorial remainder modulo mod below negative zero one two three four five six seven eight nine ten maybe "
-    "perhaps possibly wrong incorrect false until through".split())
+    "perhaps possibly wrong incorrect false until through th st nd rd".split())
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi chi psi "
             "omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega".split())
 CHARACTERS = str.maketrans("−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥") | {ord("√"): " sqrt "}
@@ -336,7 +334,7 @@ FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in "sin cos tan sinh cos
     r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan, r"\abs": abs,
     r"\ln": cmath.log, r"\log": cmath.log10}  # log without a base: as in school
 CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "⟨": ("⟩",), "⟦": ("⟧",)}
-LETTER_UNIT = re.compile(r"(?:^|[=≈,])(?:[^A-Za-z=≈,]|\\frac|\\sqrt)*[\d}π)] +$")  # it follows: 5 m, but not 5m or 5x m
+LETTER_UNIT = re.compile(r"(?:^|[=≈,])(?:[^A-Za-z=≈,]|\\frac|\\sqrt)*[\d}π)] +$")  # 5 m, but not 5m or 5x m
 TOKEN = re.compile(r"""(\d[\dA-F]*_(?:\d+|\{\d+\})|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?) | ("[^"]*)"
                        | (\\?[A-Za-z]+'*)(?:_(\w|\{[^{}]*\}))? | (\*\*|<=|>=|\\[{}]|\S)""", re.VERBOSE)
 
@@ -344,13 +342,14 @@ TOKEN = re.compile(r"""(\d[\dA-F]*_(?:\d+|\{\d+\})|(?:\d+\.?\d*|\.\d+)(?:[eE][+-
 def quote(command: re.Match) -> str:
     words = command[1].strip().replace("\\", "")
     symbol = command[0].startswith(r"\mathrm") and len(words) == 1 and words not in UNITS
-    formula = symbol or words in WORDS or "\\" + words in FUNCTIONS or re.search(r"\d|^$", words)  # {5 or 7} is no 5
-    return f" {words} " if formula else f' "{words}" '
+    known = words in WORDS or words in MULTIPLES or "\\" + words in FUNCTIONS
+    return f" {words} " if symbol or known or re.search(r"\d|^$", words) else f' "{words}" '  # {5 or 7} is no 5
 
 
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # of LaTeX into signs and "words"
-    (r"^[\s$]*(-?)\s*\\\$\s*([\d.,\\!]+)[\s$]*$", r"\1\2 \\text{dollar}"),
-    (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "), (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),  # what stands around maths
+    (r"^[\s$]*?(-?)\s*(?:\\\$|\$(?=[\d.,]+$))\s*([\d.,\\!]+)[\s$]*$", r"\1\2 \\text{dollar}"),
+    (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "),  # what stands around maths
+    (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),
     (r"^(?:\\approx|Rs\.?|US(?=\s*\d)|USD)(?![A-Za-z])\s*", ""), (r"(?<=[a-z])\.(?=\s|$|[a-z]\b)", ""),  # sq. ft., a.m.
     (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
     (r"(?<![\d.])\d{1,3}(?:(?:_\d{3})+|(?:,\d{3})+(?![^(\[]*[)\]]))(?!\d)", lambda n: re.sub("[,_]", "", n[0])),
@@ -360,7 +359,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
     (r"(?:\\\\)?\s*\\end\s*\{(?:[a-z]*matrix|array)\}", "⟩⟧"), (r"\\\\", "⟩,⟨"),
     (r"\\([A-Za-z]+|[^{}])", lambda command: COMMANDS.get(command[1], command[0]) + " "),
     (r"\\(frac|binom|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
-    (r"(?<![\d.^_])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s(\d+)/(\d+))",  # 1\frac45 is a sum, but 1\frac54 a product
+    (r"(?<![\d.^_])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s(\d+)/(\d+))",  # 1\frac45 is a sum, 1\frac54 is not
      lambda n: n[0] if int(n[2] or n[4]) >= int(n[3] or n[5]) else f"({n[1]}+{n[2] or n[4]}/{n[3] or n[5]})"),
     *[(r"\|([^|]+)\|", r"\\abs{\1}")] * 2, (r"\^\s*\{\s*([\d°])\s*\}", r"^\1 "), (r"\^\s*°", "°"),
     (r"\^\s*\{?(\s*')+\s*\}?", "'"), (r"\b([fgh])\s*\^\s*\{\s*-1\s*\}\s*(?=\()", r"\1_{inverse}"),
@@ -400,7 +399,8 @@ def tokens(text: str) -> list[str]:
             found += ["\\" + bare, "_", low] if low else ["\\" + bare]
         elif name != bare:
             found.append(symbol if bare in GREEK else name)
-        elif name in UNITS and len(name) == 1 and LETTER_UNIT.search(before) and re.match(r"(\^[23])?\s*([,/]|$)", after):
+        elif (name in UNITS and len(name) == 1 and LETTER_UNIT.search(before)
+              and re.match(r"(\^[23])?\s*([,/]|$)", after)):
             found.append(f'"{name}')
         elif len(name.rstrip("'")) == 1 or re.fullmatch("[A-Z]{2,4}", name) and name not in UNITS:  # AB is a segment
             found.append(symbol)
@@ -508,9 +508,7 @@ class Reader:
             if token in ("{", r"\{"):
                 return unordered(items)
             return items[0] if len(items) == 1 and token + closing in ("()", "[]") else (token + closing, *items)
-        if token == r"\frac":
-            return ("*", self.atom(), ("/", self.atom()))
-        if token == r"\binom":
+        if token in (r"\frac", r"\binom"):
             return (token, self.atom(), self.atom())
         if token == r"\sqrt":
             degree = unordered(self.items(("]",))) if self.take("[") else Fraction(2)
@@ -622,7 +620,8 @@ def statement(sides: list[Tree], signs: list[str]) -> Tree:
             sides, signs = sides[::-1], ["<≤"[sign == "≥"] for sign in reversed(signs)]
         if len(sides) == 2:
             named = is_name(sides[0])
-            sides, signs = [INFINITE[1], *sides, "∞"][not named:4 - named], ["<", *signs, "<"][not named:3 - named]
+            sides = [INFINITE[1], *sides, "∞"][not named:4 - named]
+            signs = ["<", *signs, "<"][not named:3 - named]
         if [is_name(side) for side in sides] == [False, True, False]:
             return ("=", sides[1], ("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], sides[0], sides[2]))
     raise ValueError("a chain of different values, or an inequality that is no interval")
@@ -636,6 +635,8 @@ def read(text: str) -> Tree:
     """
     if len(text) > MAX_LENGTH:
         raise InputError(f"longer than {MAX_LENGTH} characters")
+    if re.fullmatch("-?[0-9]+", text):  # as most are
+        return Fraction(text)
     cleaned, items = clean(text), []
     try:
         for sign in (1, -1) if re.search("[±∓]", cleaned) else (1,):  # what either sign gives
@@ -656,7 +657,8 @@ def read(text: str) -> Tree:
 def as_words(cleaned: str) -> str:
     """All of a text, words of two letters or more in any case; an article before them says nothing."""
     words = re.findall(r"\\?[A-Za-z]+|\d+|[^\s\".,]", re.sub(r"\{(\w)\}", r"\1", cleaned))
-    return re.sub("^(?:an?|the) (?=.)", "", " ".join(word.lower() if len(word) > 1 else word for word in words)).strip("{} ")
+    text = " ".join(word.lower() if len(word) > 1 else word for word in words)
+    return re.sub("^(?:an?|the) (?=.)", "", text).strip("{} ")
 
 
 # ----------------------------------------------------------------------------------------- judging: equality of meaning
@@ -680,7 +682,7 @@ def same(a: Tree, b: Tree) -> bool:
     """Whether two trees mean the same, with the licences of what a question sets and an answer may leave out.
 
     - A name, x = 5 or f(2) = 5 or (x,y) = (3,4): x = 5 says 5, but not y = 5. Equations may be multiples of each other.
-    - A unit: 5 cm says 5, but neither 5 m nor 5 cm². (5 m may also be 5·m.)
+    - A unit: 5 cm says 5, but neither 5 m nor 5 cm².
     - That it is a ratio: 3:4 says 3/4. (But 3:10 and 6:20 may be times of a day.)
     """
     kinds = (operation(a), operation(b))
@@ -694,12 +696,12 @@ def same(a: Tree, b: Tree) -> bool:
         named, other = (a, b) if kinds[0] == "=" else (b, a)
         return is_name(named[1]) and same(named[2], other)
     if "unit" in kinds:
-        (x, u), (y, v) = [node[1:] if kind == "unit" else (node, "%" * (kind == "%")) for node, kind in zip((a, b), kinds)]
-        return (u == v or not u or not v) and same(x, y) or "" in (u, v) and len(u + v) == 1 and same(
-            *[join("*", node, unit) if unit else node for node, unit in ((x, u), (y, v))])
+        (x, u), (y, v) = [(n[1], n[2]) if kind == "unit" else (n, "%" * (kind == "%")) for n, kind in zip((a, b), kinds)]
+        return (u == v or not u or not v) and same(x, y)
     if kinds == (":", ":"):
         pairs, times = list(zip(a[1:], b[1:])), all(len(node) == 3 and node[2] in range(10, 60) for node in (a, b))
-        return len(a) == len(b) <= 6 and (a == b or not times) and all(equal(join("*", x, v), join("*", u, y)) for x, y in pairs for u, v in pairs)
+        return len(a) == len(b) <= 6 and (a == b or not times) and all(
+            equal(join("*", x, v), join("*", u, y)) for x, y in pairs for u, v in pairs)
     a, b = [("*", node[1], ("/", node[2])) if operation(node) == ":" and len(node) == 3 else node for node in (a, b)]
     if operation(a) not in STRUCTURES and operation(b) not in STRUCTURES:
         return equal(a, b)
@@ -739,8 +741,8 @@ def equal(a: Tree, b: Tree) -> bool:
 def rounds(decimal: Tree, other: Tree) -> bool:
     """Whether a decimal is a number, rounded or cut."""
     _, shown, last = decimal
-    known = not variables(other) and operation(other) not in STRUCTURES and values(other)[0]
-    if not known or abs(known[0].imag) > 1e-12 * abs(known[0]):
+    known, again = values(other)[:2]
+    if not known or known is not again or abs(known[0].imag) > 1e-12 * abs(known[0]):  # no real number, or no one
         return False
     off = (Fraction(known[0].real) - shown) * (1 if shown > 0 else -1) / last
     return -0.5 <= off < 0.999999
@@ -768,7 +770,9 @@ def variable(name: str, point: int) -> Fraction | complex:
 
 def variables(node: Tree) -> int:
     """How many variables there are in a formula, each time that it stands there."""
-    return sum(map(variables, node[1:])) if isinstance(node, tuple) else int(isinstance(node, str) and node not in CONSTANTS)
+    if isinstance(node, tuple):
+        return sum(map(variables, node[1:]))
+    return int(isinstance(node, str) and node not in CONSTANTS)
 
 
 @lru_cache(maxsize=4096)
@@ -803,8 +807,9 @@ def value(node: Tree, point: int) -> tuple:
     if not cmath.isfinite(y) or abs(y) < 1e-300 and name in ("^", r"\exp"):
         raise OverflowError("too large or too small")
     total, errors = EPSILON * abs(y), [error or EPSILON * float(abs(x)) for x, error in known]
+    size = max(map(abs, xs))
     for n, (x, error) in enumerate(zip(xs, errors)):
-        if name == "+" and 16 * error < abs(x) < 4e-9 * max(map(abs, xs)):
+        if name == "+" and 16 * error < abs(x) < 4e-9 * size:
             raise ValueError("a term that is lost in the rounding, as e^{-200t} beside 1")
         step = max(error, 1e-7 * abs(x)) or 1.0
         change = step if name == "+" else abs(y / x) * step if name == "*" and x else abs(
@@ -836,17 +841,11 @@ def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     return complex(x) ** complex(y)
 
 
-def natural(x: Fraction | complex, limit: int) -> int:
-    if not isinstance(x, Fraction) or x.denominator != 1 or not 0 <= x <= limit:
-        raise ValueError("not a natural number, or too large")
-    return int(x)
-
-
 OPERATIONS = FUNCTIONS | {
     "+": lambda *xs: sum(xs), "*": product,
-    "/": lambda x: 1 / x, "^": power, "%": lambda x: x / 100, "°": lambda x: x,
-    "!": lambda x: Fraction(math.factorial(natural(x, 300))),
-    r"\binom": lambda n, k: Fraction(math.comb(natural(n, 1000), natural(k, 1000))),
+    "/": lambda x: 1 / x, r"\frac": lambda x, y: product(x, 1 / y), "^": power, "%": lambda x: x / 100,
+    "°": lambda x: x, "!": lambda x: Fraction(math.factorial(range(301).index(x))),
+    r"\binom": lambda n, k: Fraction(math.comb(*map(range(1001).index, (n, k)))),
     "decimal": lambda x, last: x, "base": lambda digits, base: digits}
 
 
@@ -854,22 +853,15 @@ def show(node: Tree) -> str:
     return f"{node[0]}({', '.join(map(show, node[1:]))})" if isinstance(node, tuple) else str(node)
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) != 2:
-        raise InputError('usage: python rewards.py "completion or answer" "gold answer"')
-    answer, gold = extract_answer(arguments[0]), arguments[1]
-    print("extracted:", answer)
-    for name, text in (("read as:", answer), ("gold as:", gold)):
-        try:
-            print(name, show(read(text or "")))
-        except InputError as error:
-            print(name, "cannot be read:", error)
-    print("verdict:", "right" if is_correct(answer, gold) else "wrong")
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"rewards.py: {error}", file=sys.stderr)
+    if len(sys.argv) != 3:
+        print('rewards.py: usage: python rewards.py "completion or answer" "gold answer"', file=sys.stderr)
         sys.exit(2)
+    extracted = extract_answer(sys.argv[1])
+    print("extracted:", extracted)
+    for title, given in (("read as:", extracted), ("gold as:", sys.argv[2])):
+        try:
+            print(title, show(read(given or "")))
+        except InputError as problem:
+            print(title, "cannot be read:", problem)
+    print("verdict:", "right" if is_correct(extracted, sys.argv[2]) else "wrong")
