@@ -258,15 +258,13 @@ def last_box(text: str) -> str | None:
     """Inside of the last whole box, "" if there is none but an unclosed one, None without either."""
     unclosed = None
     for box in reversed(list(BOX.finditer(text))[-20:]):
-        depth, inside = 1, box[1] or ""  # \boxed 7
-        for brace in re.finditer(r"\\.|[{}]", text[box.end():box.end() + 2 * MAX_LENGTH]):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                inside = inside or text[box.end():box.end() + brace.start()].strip()
-                break
+        depth, rest = 1, text[box.end():box.end() + 2 * MAX_LENGTH]
+        braces = re.finditer(r"\\.|[{}]", rest) if not box[1] else ()  # \boxed 7
+        end = next((at for at in braces if (depth := depth + {"{": 1, "}": -1}.get(at[0], 0)) == 0), None)
+        inside = box[1] or end and rest[:end.start()].strip()
         if inside:
             return inside
-        unclosed = "" if depth else unclosed
+        unclosed = unclosed if end else ""
     return unclosed
 
 
@@ -322,10 +320,10 @@ UNITS |= dict(zip("NJWVKACTF", "NJWVKACTF"))
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
 MODIFIERS = set(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
-    "unless if when except without half halves third thirds quarter quarters fourths fifths sixths eighths tenth tenths "
-    "hundredths thousandths hundreds thousands millions billions score pair pairs couple twice double doubled squared "
-    "cubed factorial remainder modulo mod below negative zero one two three four five six seven eight nine ten maybe "
-    "perhaps possibly wrong incorrect false until through th st nd rd".split())
+    "unless if when except without half halves third thirds quarter quarters fourths fifths sixths eighths tenths "
+    "tenth hundredths thousandths hundreds thousands millions billions score pair pairs couple twice double doubled "
+    "squared cubed factorial remainder modulo mod below negative zero one two three four five six seven eight nine "
+    "ten maybe perhaps possibly wrong incorrect false until through th st nd rd".split())
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi chi psi "
             "omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega".split())
 CHARACTERS = str.maketrans("−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥") | {ord("√"): " sqrt "}
@@ -354,6 +352,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
     (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
     (r"(?<![\d.])\d{1,3}(?:(?:_\d{3})+|(?:,\d{3})+(?![^(\[]*[)\]]))(?!\d)", lambda n: re.sub("[,_]", "", n[0])),
     (r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|mathrm|operatorname)\s*\{([^{}]*)\}", quote),
+    (r"(?<=[\d}])\s*\\(?:(mu)\s*([A-Za-z])|(Omega))(?![A-Za-z])", r' "\1\2\3"'),  # a unit with a Greek letter
     (r"(?:\b[mM]\s*)?\\(?:angle|triangle|over\w+)\s*(?:\{([A-Z]{1,4})\}|(?=[A-Z]{1,4}\b))", r" \1 "),
     (r"\\begin\s*\{(?:[a-z]*matrix\}|array\}\s*\{[^{}]*\})", "⟦⟨"), ("&", ","),
     (r"(?:\\\\)?\s*\\end\s*\{(?:[a-z]*matrix|array)\}", "⟩⟧"), (r"\\\\", "⟩,⟨"),
@@ -696,11 +695,11 @@ def same(a: Tree, b: Tree) -> bool:
         named, other = (a, b) if kinds[0] == "=" else (b, a)
         return is_name(named[1]) and same(named[2], other)
     if "unit" in kinds:
-        (x, u), (y, v) = [(n[1], n[2]) if kind == "unit" else (n, "%" * (kind == "%")) for n, kind in zip((a, b), kinds)]
+        (x, u), (y, v) = [n[1:] if kind == "unit" else (n, "%" * (kind == "%")) for n, kind in zip((a, b), kinds)]
         return (u == v or not u or not v) and same(x, y)
     if kinds == (":", ":"):
         pairs, times = list(zip(a[1:], b[1:])), all(len(node) == 3 and node[2] in range(10, 60) for node in (a, b))
-        return len(a) == len(b) <= 6 and (a == b or not times) and all(
+        return len(a) == len(b) <= 6 and any(a[1:]) and any(b[1:]) and (a == b or not times) and all(
             equal(join("*", x, v), join("*", u, y)) for x, y in pairs for u, v in pairs)
     a, b = [("*", node[1], ("/", node[2])) if operation(node) == ":" and len(node) == 3 else node for node in (a, b)]
     if operation(a) not in STRUCTURES and operation(b) not in STRUCTURES:
