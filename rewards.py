@@ -226,7 +226,7 @@ ASIDE = re.compile(
 START = re.compile(r"(?<=[A-Za-z][a-z,:]\s)(?=[-−+$€£\\(\[{|.√\d]|[A-Za-z](?![a-z])|[A-Z]+\b)")
 UNSAID = re.compile(  # what makes the formula after it a part of what is said, or not said at all
     r"\b(?:not|\w+n't|never|cannot|false|wrong)\b(?!.*\bbut\b)|\b(?:is|are)\b.*\d.*\b(?:is|are)\b|\\[a-z]+\s*$"
-    r"|(?:half|third|quarter)\s+of\s*$|\d\S*\s+(?!is|are|equals|gives|makes)[a-z]+\s*$|\b(?:by|in)\s*$", re.I)
+    r"|(?:half|third|quarter)\s+of\s*$|\d\S*\s+(?!is|are|equals|gives|makes)[a-z]+\s*$|\b(?:by|in)\s*$", re.IGNORECASE)
 
 
 def extract_answer(text: str) -> str | None:
@@ -278,7 +278,7 @@ def stated(line: str, said: bool) -> str | None:
     starts = [start.start() for start in START.finditer(line) if line[:start.start()].count("$") % 2 == 0]
     for start in [0, *starts[-12:]]:
         word = line[:start].lower().rstrip(" ,:").rpartition(" ")[2]
-        free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS - {"to", "of"}
+        free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS.keys() - {"to", "of"}
         try:
             if (start == 0 or free and not UNSAID.search(line[:start])) and operation(read(line[start:])) != "text":
                 return line[start:]
@@ -318,16 +318,16 @@ UNITS = invert({  # without the s of the plural
     "min": "min minute", "s": "s second sec", "Hz": "Hz hertz", "dollar": "dollar USD", "mi/h": "mph", "/": "/ per"})
 UNITS |= dict(zip("NJWVKACTF", "NJWVKACTF"))
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
-MODIFIERS = set(
+MODIFIERS = invert({"":
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
     "unless if when except without half halves third thirds quarter quarters fourths fifths sixths eighths tenths "
     "tenth hundredths thousandths hundreds thousands millions billions score pair pairs couple twice double doubled "
     "squared cubed factorial remainder modulo mod below negative zero one two three four five six seven eight nine "
-    "ten maybe perhaps possibly wrong incorrect false until through th st nd rd".split())
-GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi chi psi "
-            "omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega".split())
+    "ten maybe perhaps possibly wrong incorrect false until through th st nd rd"})
+GREEK = invert({"": "alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi "
+                    "chi psi omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega"})
 CHARACTERS = str.maketrans("−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥") | {ord("√"): " sqrt "}
-FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in "sin cos tan sinh cosh tanh exp".split()} | {
+FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")} | {
     r"\cot": lambda z: 1 / cmath.tan(z), r"\sec": lambda z: 1 / cmath.cos(z), r"\csc": lambda z: 1 / cmath.sin(z),
     r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan, r"\abs": abs,
     r"\ln": cmath.log, r"\log": cmath.log10}  # log without a base: as in school
@@ -345,7 +345,7 @@ def quote(command: re.Match) -> str:
 
 
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # of LaTeX into signs and "words"
-    (r"^[\s$]*?(-?)\s*(?:\\\$|\$(?=[\d.,]+$))\s*([\d.,\\!]+)[\s$]*$", r"\1\2 \\text{dollar}"),
+    (r"^(?:[\s$]|\\[(\[])*?(-?)\s*(?:\\\$|\$(?=[\d.,]+$))\s*([\d.,\\!]+)(?:\\[)\]]|[\s$])*$", r"\1\2 \\text{dollar}"),
     (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "),  # what stands around maths
     (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),
     (r"^(?:\\approx|Rs\.?|US(?=\s*\d)|USD)(?![A-Za-z])\s*", ""), (r"(?<=[a-z])\.(?=\s|$|[a-z]\b)", ""),  # sq. ft., a.m.
@@ -471,11 +471,9 @@ class Reader:
         return node
 
     def multiplies(self) -> bool:
-        """Whether the next token begins a factor: 2x, 3(4), 5√2, but not 2 3."""
-        token, before = self.tokens[self.at], self.tokens[self.at - 1]
-        if token[:1].isdigit() and before[:1].isdigit():
-            raise ValueError("two numbers side by side")
-        return token[:1].isalnum() or token == "∞" or token in CLOSING or (token[:1] == "\\" and token != r"\}")
+        """Whether the next token begins a factor: 2x, 3(4), 5√2, but no number does: neither 2 3 nor \\frac12 3."""
+        token = self.tokens[self.at]
+        return token[:1].isalpha() or token == "∞" or token in CLOSING or (token[:1] == "\\" and token != r"\}")
 
     def power(self) -> Tree:
         """An atom with its signs, !, ° or %, and exponent."""

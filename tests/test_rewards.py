@@ -14,7 +14,6 @@ import torch
 import rewards
 from rewards import InputError, Problem, chain_problems, chain_split, group_advantages, is_correct, load_problems
 
-
 # --- Extracting -------------------------------------------------------------------------------------------------------
 EXTRACTED = [
     (r"so $x = \boxed{7}$.", "7", "a box"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", "braces within"),
@@ -135,7 +134,7 @@ WRONG = [
     ("9**9**9", "1", "too large"), ("__import__('os').system('true')", "0", "text is never executed"),
     (r"\frac{1}{", "1", "unbalanced"), ("(1", "1", "unclosed"), ("x^2+y^2=4", "4", "no name"),
     ("1=2", r"\sqrt2 \approx 1.41", "constant equations are multiples of each other"), ("5m", "5", "a factor"),
-    ("(y,x)=(3,4)", "(3,4)", "names in another order"), ("xy", "yx", "a word is no product"), ("12:30", "6:15", "times"),
+    ("(y,x)=(3,4)", "(3,4)", "names in reverse"), ("xy", "yx", "a word is no product"), ("12:30", "6:15", "times"),
     ("0.333333", "0.3333333", "decimals are exact among themselves"), ("1.41422", r"\sqrt2", "neither rounded nor cut"),
     (r"1+10^{-20}\pi", "1", "a term lost in the rounding"),
     ("x^2-100x+2499", "|x^2-100x+2499|", "a kink that no real point is near"),
@@ -182,8 +181,8 @@ def test_class(name):
     """Each class of wrong answers that once earned a reward, and of right ones that earned none, over many members."""
     rng = random.Random(name)
     for _ in range(25):
-        (a, b), nouns = sorted(rng.sample(range(2, 60), 2)), rng.sample("circle apple dime parabola line".split(), 2)
-        wrong, right, gold = CLASSES[name](a, b, rng.choice("xtnz"), nouns, rng.sample("m cm kg Hz km L".split(), 2))
+        (a, b), nouns = sorted(rng.sample(range(2, 60), 2)), rng.sample(("circle", "apple", "dime", "line"), 2)
+        wrong, right, gold = CLASSES[name](a, b, rng.choice("xtnz"), nouns, rng.sample(("m", "cm", "kg", "L"), 2))
         judge = [rewards.reward if re.match("[A-Z][a-z]* ", text) else is_correct for text in (wrong, right)]
         assert not judge[0](wrong, gold) and judge[1](right, gold) and is_correct(gold, gold), (wrong, right, gold)
         assert not is_correct(gold, wrong)
@@ -195,7 +194,7 @@ def test_one_change_makes_it_wrong():
     assert len(golds) > 80
     for gold in golds:
         for digit in re.finditer("[1-9]", gold):
-            near = gold[:digit.start()] + str(int(digit[0]) % 9 + 1) + gold[digit.end():]
+            near = gold[:digit.start()] + str((int(digit[0]) + 3) % 9 + 1) + gold[digit.end():]
             assert not is_correct(near, gold) and not is_correct(gold + "+1", gold), near
 
 
@@ -266,10 +265,10 @@ def test_works_in_a_thread_with_a_small_stack():
     assert len(results) == len(BOMBS) + 1 and results[-1] is True
 
 
-PIECES = r"""\frac{ \frac \sqrt{ \sqrt[3]{ } { ( ) [ ] , ; | \{ \} ^ ^{ _8 ! % ^\circ + - * / = < \le \pm \cup \pi
-    i e x y 0 1 2 7 12 0.5 1,000 9**9 1e5 \sin \log_2 \text{cm} \text{C} \begin{pmatrix} & \\ \end{pmatrix} \left(
-    \right] \infty \binom{5}{2} \cdot $ f( P(A) \approx : AB million apples cm m by \boxed{ #### ² ½
-    − ٣ π √ ∞ apples even or and the answer is""".split()
+PIECES = re.split(r"\s+", r"""\frac{ \frac \sqrt{ \sqrt[3]{ } { ( ) [ ] , ; | \{ \} ^ ^{ _8 ! % ^\circ + - * / = < \le
+    \pm \cup \pi i e x y 0 1 2 7 12 0.5 1,000 9**9 1e5 \sin \log_2 \text{cm} \text{C} \begin{pmatrix} & \\
+    \end{pmatrix} \left( \right] \infty \binom{5}{2} \cdot $ f( P(A) \approx : AB million apples cm m by \boxed{ #### ² ½ − ٣ π √ ∞
+    apples even or and the answer is""")
 
 
 def test_fuzz():
@@ -437,27 +436,28 @@ def test_hub_splits(hub):
 
 
 GOOD = {"question": "q", "answer": "1"}
+given = lambda **arguments: arguments
 MISTAKES = [
-    (dict(source="gsm9k"), "unknown data set 'gsm9k'", "a name that is nothing"),
-    (dict(source="nobody/nothing"), "cannot load the data set nobody/nothing: Couldn't reach", "the hub out of reach"),
-    (dict(source="gsm8k", split="dev"), "unknown split 'dev'", "a split"),
-    (dict(source="chain", count=None), "give a count", "chains without end"),
-    (dict(source="chain", operands=0, count=5), "0 operands", "no operands"),
-    (dict(source="chain", operands=1, count=50), "room for 1 to 11", "more chains than there are"),
-    (dict(source="chain", split="all", count=5), "unknown split 'all'", "chains have no whole"),
-    (dict(source="gsm8k", count=99), "has 8", "more problems than there are"),
-    (dict(source="gsm8k", count=0), "cannot take 0", "no problems"), (dict(lines=[]), "is empty", "an empty file"),
-    (dict(source="missing.jsonl"), "no such file: missing.jsonl", "a missing file"),
-    (dict(source="missing.parquet"), "no such file: missing.parquet", "a missing parquet file"),
-    (dict(lines=[json.dumps(GOOD), '{"question": ']), "line 2: not JSON", "a broken line"),
-    (dict(lines=[json.dumps(GOOD), "", "[1]"]), "line 3: not a problem", "a line that is no object"),
-    (dict(lines=[b"\xff\xfe{"]), "line 1: not JSON", "not a text"),
-    (dict(lines=["[" * 100_000]), "line 1: not JSON", "nested too deeply"),
-    (dict(lines=['{"text": "q", "answer": "1"}']), "no field 'question'; it has text, answer", "no question"),
-    (dict(lines=['{"question": "q"}']), "no field 'answer'; it has question", "no answer"),
-    (dict(lines=[json.dumps(GOOD)], answer_field="gold"), "no field 'gold'; it has question, answer", "no field"),
-    (dict(lines=['{"question": [], "answer": "1"}']), "problem 1: the question is no text", "no text"),
-    *[(dict(lines=[json.dumps(GOOD), json.dumps({"question": "how", "answer": gold})]),
+    (given(source="gsm9k"), "unknown data set 'gsm9k'", "a name that is nothing"),
+    (given(source="nobody/nothing"), "cannot load the data set nobody/nothing: Couldn't reach", "the hub out of reach"),
+    (given(source="gsm8k", split="dev"), "unknown split 'dev'", "a split"),
+    (given(source="chain", count=None), "give a count", "chains without end"),
+    (given(source="chain", operands=0, count=5), "0 operands", "no operands"),
+    (given(source="chain", operands=1, count=50), "room for 1 to 11", "more chains than there are"),
+    (given(source="chain", split="all", count=5), "unknown split 'all'", "chains have no whole"),
+    (given(source="gsm8k", count=99), "has 8", "more problems than there are"),
+    (given(source="gsm8k", count=0), "cannot take 0", "no problems"), (given(lines=[]), "is empty", "an empty file"),
+    (given(source="missing.jsonl"), "no such file: missing.jsonl", "a missing file"),
+    (given(source="missing.parquet"), "no such file: missing.parquet", "a missing parquet file"),
+    (given(lines=[json.dumps(GOOD), '{"question": ']), "line 2: not JSON", "a broken line"),
+    (given(lines=[json.dumps(GOOD), "", "[1]"]), "line 3: not a problem", "a line that is no object"),
+    (given(lines=[b"\xff\xfe{"]), "line 1: not JSON", "not a text"),
+    (given(lines=["[" * 100_000]), "line 1: not JSON", "nested too deeply"),
+    (given(lines=['{"text": "q", "answer": "1"}']), "no field 'question'; it has text, answer", "no question"),
+    (given(lines=['{"question": "q"}']), "no field 'answer'; it has question", "no answer"),
+    (given(lines=[json.dumps(GOOD)], answer_field="gold"), "no field 'gold'; it has question, answer", "no field"),
+    (given(lines=['{"question": [], "answer": "1"}']), "problem 1: the question is no text", "no text"),
+    *[(given(lines=[json.dumps(GOOD), json.dumps({"question": "how", "answer": gold})]),
        f"problem 2: cannot read the gold answer {gold or ''!r} ('how')", reason) for gold, reason in [
           ("", "no gold"), ("\\frac{1}{", "unbalanced"), ("1/0", "undefined"), (None, "null"), ("???", "signs"),
           ("10^{10^{10}}", "a gold too large"), ("9 (apples", "half a unit")]],
@@ -478,7 +478,8 @@ def test_wrong_input_is_named_in_one_line(tmp_path, hub, arguments, message, rea
 
 # --- The command line -------------------------------------------------------------------------------------------------
 def command_line(*arguments):
-    return subprocess.run([sys.executable, rewards.__file__, *arguments], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, rewards.__file__, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_command_line_shows_each_step():
