@@ -267,8 +267,8 @@ def test_works_in_a_thread_with_a_small_stack():
 
 PIECES = re.split(r"\s+", r"""\frac{ \frac \sqrt{ \sqrt[3]{ } { ( ) [ ] , ; | \{ \} ^ ^{ _8 ! % ^\circ + - * / = < \le
     \pm \cup \pi i e x y 0 1 2 7 12 0.5 1,000 9**9 1e5 \sin \log_2 \text{cm} \text{C} \begin{pmatrix} & \\
-    \end{pmatrix} \left( \right] \infty \binom{5}{2} \cdot $ f( P(A) \approx : AB million apples cm m by \boxed{ #### ² ½ − ٣ π √ ∞
-    apples even or and the answer is""")
+    \end{pmatrix} \left( \right] \infty \binom{5}{2} \cdot $ f( P(A) \approx : AB million apples cm m by \boxed{
+    #### ² ½ − ٣ π √ ∞ apples even or and the answer is""")
 
 
 def test_fuzz():
