@@ -70,7 +70,6 @@ def notebook_session(monkeypatch):
         pass
 
     display = types.SimpleNamespace(display=shown, Markdown=str, Image=shown)
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(os, "environ", os.environ.copy())
@@ -79,6 +78,7 @@ def notebook_session(monkeypatch):
     matplotlib.use("Agg")
     with plt.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of matplotlib's way with tensors
         yield
     plt.close("all")
     matplotlib.use(backend)
