@@ -26,7 +26,6 @@ import kl  # noqa: E402
 import rollout  # noqa: E402
 from rewards import Problem, load_problems  # noqa: E402
 
-STRENGTHS = (0.2, 1.0)  # of the KL penalty
 STEPS_BACK = (0.25, 0.5, 0.75, 0.9)  # of the interpolations; the policy itself, 1, is on its own path
 FALLEN = -5.0  # a stored completion has fallen when log π_θ/π_0 of it is below this, nats
 
@@ -381,8 +380,8 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
                  "after grpo": bench.after_grpo, "teachers": bench.teachers, "crossed": bench.crossed,
                  "weights: mse": partial(bench.steps_back, "mse", "weights"),
                  "logits: nll": partial(bench.steps_back, "nll", "logits"), "temperature": bench.temperatures}
-        plan |= {f"clip {lr:g} KL {c:g}": partial(bench.until_it_stops, "clip", lr, c)
-                 for lr in stage.rates for c in STRENGTHS}
+        plan |= {f"{loss} {lr:g} KL {c:g}": partial(bench.until_it_stops, loss, lr, c)
+                 for lr in stage.rates for loss, c in (("sapo", 0.2), ("clip", 0.2), ("clip", 1.0))}
     plan |= {f"rounds, share {share:g}": partial(bench.rounds, f"rounds, share {share:g}", partial(round_with, share))
              for share in stage.shares}
     return plan

@@ -19,7 +19,7 @@ class Outcome:
     """The rows of a stage at one seed, and what the claims ask of them."""
 
     def __init__(self, rows: list[dict]):
-        self.rows = [row | {"method": f"clip + KL {row['kl_coef']:g}"} if row["method"] == "clip + KL" else row
+        self.rows = [row | {"method": f"{row['method']} {row['kl_coef']:g}"} if row.get("kl_coef") else row
                      for row in rows]
         base = self.one("base")
         self.base, self.entropy, self.samples = base["accuracy"], base["entropy"], base["samples"]
