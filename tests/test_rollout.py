@@ -98,8 +98,7 @@ def test_tokens_computed_by_hand(make_bigram, temperature):
 
 
 def test_the_loss_is_that_of_transformers(model):
-    """Mistake: a shift, padding that counts, a copy's gradient lost. A batch has loss and gradient of its single rows.
-    """
+    """Mistake: a shift, padding that counts, a copy's gradient lost. Single rows have the same loss and gradient."""
     rollouts, losses = draw(model, pad_id=11).select(torch.tensor([0, 1, 4, 5, 1, 9, 1])), []
     weights = torch.arange(1.0, 8.0)
     for (prompt, completion), weight in zip(rows_of(rollouts), weights.tolist()):
@@ -113,14 +112,13 @@ def test_the_loss_is_that_of_transformers(model):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-@pytest.mark.parametrize("name, settings, has_embedding", [
-    ("qwen3", {}, True), ("gpt2", {}, True), ("lfm2", {}, True), ("gemma2", {}, False), ("phi", {}, False),
-    ("cohere", {"logit_scale": 0.3}, False), ("granite", {"logits_scaling": 4.0}, False)])
-def test_all_probabilities_are_the_models_own(make_model, name, settings, has_embedding, temperature):
+@pytest.mark.parametrize("name, has_embedding", [("qwen3", True), ("gpt2", True), ("lfm2", True), ("gemma2", False),
+                                                 ("phi", False), ("cohere", False), ("granite", False)])
+def test_all_probabilities_are_the_models_own(make_model, name, has_embedding, temperature):
     """Mistake in the sampler: a cache out of step with its rows, or of other things than keys and values; log-probs at
     another temperature than sampled at. In both: positions or attention shifted by padding, an output layer's scale,
     cap or bias forgotten. In the sums: the other direction of KL, or a mean over padding."""
-    model, reference = make_model(name, **settings), make_model(name, 1, **settings)
+    model, reference = make_model(name), make_model(name, 1)
     assert (output_embedding(model) is not None) == has_embedding
     rollouts = draw(model, group=8, max_new_tokens=20, temperature=temperature)
     assert len(set(rollouts.length.tolist())) > 4  # rows left the batch at many different steps
@@ -178,7 +176,6 @@ def test_batches_by_tokens(budget, copies):
         sizes.append(len(lengths) * int(lengths.max()))
         assert len(rows) == copies * len(lengths) and (sizes[-1] <= budget or len(lengths) == 1)
     assert all(len(rows) == copies or size + 200 > budget for rows, size in zip(batches[:-1], sizes))
-    assert budget < 10**6 or len(batches) == 1
 
 
 @pytest.mark.parametrize("groups, size, group", [(7, 3, 1), (6, 3, 1), (2, 5, 1), (40, 16, 4), (10, 2, 5), (9, 10, 4)])
@@ -199,12 +196,12 @@ def test_select_trims_concatenate_pads_and_disks_keep(tmp_path):
     rows = [([5, 3, 4, 9], [4, EOS]), ([6], [7, 3, 4]), ([4, 4], [EOS]), ([9, 9, 9], [5, 6, 7, 3, EOS])]
     whole = rollouts_by_hand(rows)
     part = whole.select(torch.tensor([2, 0]))
-    assert part.ids.tolist() == [[4, 4, EOS, EOS, EOS, EOS], [5, 3, 4, 9, 4, EOS]] and part.log_probs.shape == (2, 2)
-    assert list(rows_of(part)) == [rows[2], rows[0]]
-    assert (part.groups.tolist(), part.rewards.tolist(), part.mask.tolist()) == ([2, 0], [0, 0], [[1, 0], [1, 1]])
-    parts = [whole.select(torch.tensor(index)) for index in ([2], [0, 3], [1])]
-    joined = Rollouts.concatenate(parts, pad_id=EOS)
-    assert len(joined) == 4 and list(rows_of(joined)) == [rows[i] for i in (2, 0, 3, 1)]
+    assert part.ids.tolist() == [[4, 4, EOS, EOS, EOS, EOS], [5, 3, 4, 9, 4, EOS]]
+    assert list(rows_of(part)) == [rows[2], rows[0]] and part.groups.tolist() == [2, 0]
+    assert torch.equal(part.text, whole.text[[2, 0]])  # which rows are copies is found once, and not in every batch
+    assert part.mask.tolist() == [[1, 0], [1, 1]] and part.log_probs.tolist() == [[-1, 0], [-1, -2]]
+    joined = Rollouts.concatenate([whole.select(torch.tensor(some)) for some in ([2], [0, 3], [1])], pad_id=EOS)
+    assert list(rows_of(joined)) == [rows[i] for i in (2, 0, 3, 1)]
     assert_same(joined.select(torch.argsort(joined.groups)), whole)
     part.save(tmp_path / "rollouts.pt")
     assert_same(Rollouts.load(tmp_path / "rollouts.pt"), part)
@@ -284,9 +281,7 @@ def test_ids_are_never_encoded_again(make_bigram, tokenizer):
     table[:, [WORDS.index("a"), WORDS.index("b")]] = 2.0
     model = make_bigram(table)
     rollouts = collect(model, tokenizer, [Problem("1+2=", "3"), Problem("ab=", "4")], 32, max_new_tokens=12)
-    chosen = [completion for _, completion in rows_of(rollouts)]
-    again = [tokenizer.encode(tokenizer.decode(completion)) for completion in chosen]
-    assert sum(a != b for a, b in zip(chosen, again)) > 5
+    assert sum(tokenizer.encode(tokenizer.decode(ids)) != ids for _, ids in rows_of(rollouts)) > 5
     assert_close(score(model, rollouts), rollouts.log_probs, atol=1e-4, rtol=0)
 
 
@@ -305,9 +300,8 @@ def test_stop_ids(make_model, tokenizer):
     """Mistake: only one of several end-of-sequence ids stops a text, or id 0 is taken for none."""
     model = make_model("qwen3")
     assert EOS == 0 and stop_ids(model, tokenizer) == [0]
-    model.generation_config.eos_token_id = [7, 3]
-    model.config.eos_token_id = 7
-    assert stop_ids(model, tokenizer) == [0, 3, 7]
+    model.generation_config.eos_token_id, model.config.eos_token_id = [7, 3], 5
+    assert stop_ids(model, tokenizer) == [0, 3, 5, 7]
 
 
 def test_a_saved_policy_is_read_back_and_has_no_dropout(make_model, tokenizer, tmp_path, device):
@@ -315,8 +309,7 @@ def test_a_saved_policy_is_read_back_and_has_no_dropout(make_model, tokenizer, t
     model = make_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
     save_policy(model, tokenizer, tmp_path)
     loaded, its_tokenizer = load_policy(str(tmp_path), device)
-    assert loaded.config.attn_pdrop == 0.5 and loaded.dtype == torch.float32
-    assert loaded.device.type == torch.device(device).type
+    assert (loaded.config.attn_pdrop, loaded.dtype, loaded.device.type) == (0.5, torch.float32, device)
     rollouts = draw(loaded)
     for policy in (loaded, model):
         assert_close(score(policy, rollouts), rollouts.log_probs, atol=1e-4, rtol=0)
@@ -356,8 +349,7 @@ def answering(make_bigram):
 
 
 def test_collect_keeps_problems_and_rewards_together(make_bigram, make_tokenizer):
-    """Mistake: groups and rewards mixed over problems, which are sampled by length; padding, prompts or special tokens
-    in the text that is judged."""
+    """Mistake: groups and rewards mixed over problems, or padding, prompts and special tokens judged with the text."""
     tokenizer, said = make_tokenizer(), ["4", "3", "4", "3", "", "4"]
     tokenizer.pad_token = "9"
     problems = [Problem(*both) for both in zip(("5+5+5+2", "1", "7+2", "8+1", "3", "2"), "439393")]
@@ -381,9 +373,9 @@ def test_evaluate_resamples_problems(make_bigram, tokenizer):
     """Mistake: the bootstrap over samples: 2 problems × 64 samples would look like 128 observations."""
     model = answering(make_bigram)
     result = evaluate(model, model, tokenizer, [Problem("1", "3"), Problem("2", "9")], 64, max_new_tokens=4)
-    assert (result["accuracy"], result["accuracy_interval"], result["pass_rates"]) == (0.5, [0.0, 1.0], [1.0, 0.0])
-    assert (result["pass"], result["pass_interval"], result["samples"], result["length"]) == (0.5, [0.0, 1.0], 64, 2.0)
-    assert result["kl"] == result["kl_token"] == 0 and result["entropy"] == pytest.approx(0, abs=1e-6)
+    assert result == {
+        "accuracy": 0.5, "accuracy_interval": [0.0, 1.0], "pass": 0.5, "pass_interval": [0.0, 1.0], "samples": 64,
+        "pass_rates": [1.0, 0.0], "length": 2.0, "kl": 0, "kl_token": 0, "entropy": pytest.approx(0, abs=1e-6)}
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
