@@ -1,7 +1,6 @@
 """rollout.py, against transformers' own forward pass, loss and generate on single rows without padding."""
 
 import math
-import os
 from dataclasses import fields
 from itertools import combinations
 
@@ -186,8 +185,7 @@ def test_in_batches(groups, size, group):
     once, again, other = (in_batches(rollouts, size, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert sorted(torch.cat(once).tolist()) == list(range(groups * group))
     assert all(map(torch.equal, once, again)) and (groups < 6 or torch.cat(once).tolist() != torch.cat(other).tolist())
-    each = max(1, size // group)
-    sizes = [min(each, groups - start) for start in range(0, groups, each)]  # of whole groups
+    sizes = [len(some) for some in torch.arange(groups).split(max(1, size // group))]  # in groups
     assert [len(rollouts.groups[rows].unique()) for rows in once] == sizes == [len(rows) // group for rows in once]
 
 
@@ -336,7 +334,7 @@ def test_load_policy_names_what_is_wrong(make_model, make_tokenizer, tmp_path, k
     if kind != "no tokenizer":
         tokenizer.save_pretrained(folder)
     if kind == "torn":
-        os.truncate(folder / "model.safetensors", 500)
+        (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match=named) as error:
         load_policy(kind if kind in ("no/such-model", ".") else str(folder))
     assert "\n" not in str(error.value) and kind in str(error.value)
@@ -370,12 +368,14 @@ def test_collect_refuses_prompts_beyond_the_context(model, tokenizer):
 
 
 def test_evaluate_resamples_problems(make_bigram, tokenizer):
-    """Mistake: the bootstrap over samples: 2 problems × 64 samples would look like 128 observations."""
-    model = answering(make_bigram)
-    result = evaluate(model, model, tokenizer, [Problem("1", "3"), Problem("2", "9")], 64, max_new_tokens=4)
-    assert result == {
-        "accuracy": 0.5, "accuracy_interval": [0.0, 1.0], "pass": 0.5, "pass_interval": [0.0, 1.0], "samples": 64,
-        "pass_rates": [1.0, 0.0], "length": 2.0, "kl": 0, "kl_token": 0, "entropy": pytest.approx(0, abs=1e-6)}
+    """Mistake: the bootstrap over samples: 3 problems × 64 samples would look like 192 observations."""
+    model, uniform = answering(make_bigram), make_bigram(torch.zeros(V, V))
+    problems = [Problem("1", "3"), Problem("2", "9"), Problem("3", "9")]  # completions of 2, 2 and 1 tokens
+    result = evaluate(model, uniform, tokenizer, problems, 64, max_new_tokens=4)
+    assert result.pop("pass_rates") == [1, 0, 0]
+    assert result.pop("accuracy_interval") == result.pop("pass_interval") == [0, 1]
+    assert result == pytest.approx({"accuracy": 1 / 3, "pass": 1 / 3, "samples": 64, "length": 5 / 3, "entropy": 0,
+                                    "kl": 5 / 3 * math.log(V), "kl_token": math.log(V)}, abs=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
