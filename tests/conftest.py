@@ -24,7 +24,21 @@ CHAT = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_gen
 
 SIZES = {"vocab_size": V, "eos_token_id": EOS, "bos_token_id": None, "pad_token_id": None, "initializer_range": 0.4}
 LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 48}
+          "num_key_value_heads": 2, "max_position_embeddings": 48}
+KINDS = {
+    # rotary positions, tied embeddings
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**LAYERS, "head_dim": 4, "tie_word_embeddings": True}),
+    # absolute position embeddings, dropout on in its config
+    "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 48}),
+    # logits capped at ±3, a window of 6 tokens in every other layer
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**LAYERS, "head_dim": 4, "final_logit_softcapping": 3.0,
+                                                 "sliding_window": 6}),
+    # scaled logits; a bias in the output layer; convolutions, whose cache is no keys and values
+    "cohere": (CohereForCausalLM, CohereConfig, {**LAYERS, "logit_scale": 0.3}),
+    "granite": (GraniteForCausalLM, GraniteConfig, {**LAYERS, "logits_scaling": 4.0}),
+    "phi": (PhiForCausalLM, PhiConfig, LAYERS),
+    "lfm2": (Lfm2ForCausalLM, Lfm2Config, {**LAYERS, "layer_types": ["conv", "full_attention"]}),
+}
 
 
 @pytest.fixture(scope="session")
@@ -36,23 +50,9 @@ def device():
 def make_model(device):
     """make_model(name, seed, **settings): a random policy over V tokens, far from uniform, in eval mode."""
     def make(name: str, seed: int = 0, **settings):
+        kind, config, its_own = KINDS[name]
         torch.manual_seed(seed)
-        if name == "qwen3":  # rotary positions, tied embeddings
-            model = Qwen3ForCausalLM(Qwen3Config(**SIZES, **LAYERS, tie_word_embeddings=True, **settings))
-        elif name == "gpt2":  # absolute position embeddings, dropout on in its config
-            model = GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=16, n_layer=2, n_head=4, n_positions=48, **settings))
-        elif name == "gemma2":  # logits capped at ±3, a window of 6 tokens in every other layer
-            settings = {"final_logit_softcapping": 3.0, "sliding_window": 6, **settings}
-            model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **LAYERS, **settings))
-        else:  # scaled logits; a bias in the output layer; convolutions, whose cache is no keys and values
-            kinds = {"cohere": (CohereForCausalLM, CohereConfig), "granite": (GraniteForCausalLM, GraniteConfig),
-                     "phi": (PhiForCausalLM, PhiConfig), "lfm2": (Lfm2ForCausalLM, Lfm2Config)}
-            if name == "lfm2":
-                settings = {"layer_types": ["conv", "full_attention"], **settings}
-            kind, config = kinds[name]
-            layers = {k: v for k, v in LAYERS.items() if k != "head_dim"}
-            model = kind(config(**SIZES, **layers, **settings))
-        return model.to(device).eval()
+        return kind(config(**SIZES, **its_own, **settings)).to(device).eval()
     return make
 
 
@@ -66,7 +66,7 @@ def make_bigram(device):
     """make_bigram(table): a policy whose logits are table[last token], [V, V]: a Qwen3 whose layers add nothing."""
     def make(table: torch.Tensor):
         size = len(table)
-        settings = {**SIZES, **LAYERS, "vocab_size": size, "hidden_size": size, "num_hidden_layers": 1}
+        settings = {**SIZES, **LAYERS, "vocab_size": size, "hidden_size": size, "num_hidden_layers": 1, "head_dim": 4}
         model = Qwen3ForCausalLM(Qwen3Config(**settings, tie_word_embeddings=False, rms_norm_eps=1e-12))
         with torch.no_grad():
             model.model.layers[0].self_attn.o_proj.weight.zero_()
