@@ -22,7 +22,7 @@ def test_a_table_has_pass_at_8_only_where_there_are_8_samples():
     header, *lines = frontier.table(ROWS).splitlines()
     assert "pass@8" in header and [line.split()[1] for line in lines] == ["base", "student", "ERPD"]
     assert "update 2" in lines[1] and "–" in lines[1].split()[-3] and "97.0%" in lines[2]
-    assert "0.800 of 0.850" in lines[2] and frontier.ends(ROWS) == [ROWS[0], ROWS[2]]
+    assert "0.80 of 0.85" in lines[2] and frontier.ends(ROWS) == [ROWS[0], ROWS[2]]
 
 
 def test_a_rounds_way_begins_where_the_last_round_ended():
