@@ -80,7 +80,7 @@ class Config:
     rounds: int = option(4, "rounds; each starts from the last one's student, with new problems", 6)
     test_problems: int = option(256, "held-out problems of the evaluations")
     test_samples: int = option(8, "completions a held-out problem in the final table: accuracy is avg@k")
-    curve_samples: int = option(2, "the same for the checkpoints on the way; 0 leaves them out", zero=True)
+    curve_samples: int = option(1, "the same for the checkpoints on the way; 0 leaves them out", zero=True)
     limit_samples: int = option(32, "the same for the base, whose pass rates give the limit in the figure", zero=True)
 
     loss: str = option("sapo", f"the explorer's: one of {', '.join(LOSSES)}; several teachers as sapo:1,nll:0.5", "mse")
@@ -202,8 +202,8 @@ def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: 
 
 
 def checkpoints(updates: int) -> set[int]:
-    """Where a stage is looked at on its way: a quarter and half of it."""
-    return {updates // 4, updates // 2}
+    """Where a stage is looked at on its way: after 1/16, 1/8, 1/4, 1/2 and all of its updates."""
+    return {updates >> k for k in range(5)}
 
 
 def unwatched(name: str, model, **about) -> None:

@@ -232,12 +232,11 @@ class Bench:
         steps = -(-count // max(1, config.explore_batch // config.group))
 
         def watch(_, model, update: int) -> None:
-            if tell:
+            if tell and update >= steps // 4:
                 self.measure(model, method="grpo" if times == 1 else f"grpo {times}×", path=f"lr {lr:g}", at=update,
                              lr=lr, rollouts=update * count // steps * config.group)
 
         model = erpd.grpo(self.base, self.tokenizer, self.problems[:count], config, seed=self.config.seed, watch=watch)
-        watch("grpo", model, steps)
         torch.save(model.state_dict(), path)
         return model
 
