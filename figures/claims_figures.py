@@ -122,8 +122,8 @@ def frontier(by_stage: dict) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.axes[0].set_ylabel("right completions, held out")
     figure.axes[0].legend(frameon=False, fontsize=8, loc="upper left")
-    figure.suptitle("Cross-entropy moved back keeps up with the student; what the token signal adds is over the outcome, "
-                    "most where right completions are rare", fontsize=10)
+    figure.suptitle("Cross-entropy moved back keeps up with the student; what the token signal adds is over the "
+                    "outcome, most where right completions are rare", fontsize=10)
     save(figure, "frontier.png")
 
 
