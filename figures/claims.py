@@ -7,9 +7,9 @@
 
 Everything is measured on 256 held-out problems × 8 samples of the policy's own (4 or 2 on a direct method's way),
 KL(π‖π_0) is exact, in nats a completion. Intervals are 95 %, Student's t over seeds; every seed has other problems,
-samples and training. The statistics and thresholds below were fixed before the results were known. A statistic is met
-when its whole interval is on the right side of its threshold; a claim holds when all its statistics are met, holds in
-part when some are, and does not hold when none is.
+samples and training. The statistics and thresholds below were fixed before the results were known, but for what
+figures/README.md names. A statistic is met when its whole interval is on the right side of its threshold; a claim
+holds when all its statistics are met, holds in part when some are, and does not hold when none is.
 
 Stages: `main` (chains of 4 operands, where the base is right about a third of the time) and `rare` (8 operands, about
 8 %), 64 problems × 16 completions with all methods; and cells of the map, 3 seeds with 128 held-out problems: 256 and
