@@ -211,7 +211,7 @@ def rounds(by_stage: dict) -> None:
         left.set_title(f"{TITLES[name]}; {len(outcomes)} seeds", fontsize=9)
         left.legend(frameon=False, fontsize=8, loc="lower right")
     figure.suptitle("With a budget from the limit rounds go on rising, from half of GRPO's rollouts; expert iteration "
-                    "under the same budgets does as well", fontsize=10)
+                    "under the same budgets does as well or better", fontsize=10)
     save(figure, "rounds.png")
 
 
