@@ -23,6 +23,7 @@ The paper's equations could not be read in full when this was written: README.md
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,17 +31,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm, trange
-
-import kl
-from figures.frontier import draw_frontier, ends, table
 from rewards import InputError, Problem, group_advantages, load_problems
-from rollout import (Memory, Rollouts, autocast, by_tokens, collect, completion_stats, divergence, evaluate, in_batches,
-                     load_policy, save_policy, score, trainable)
 
 LOSSES = ("sapo", "ce", "mse", "nll", "clip")
 SIGNALS = ("teacher", "contrast", "unlearned")
@@ -117,15 +108,16 @@ class Config:
             value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
             if value not in CHOICES.get(f.name, (value,)):
                 raise InputError(f"{name} {value!r} is unknown: choose one of {', '.join(CHOICES[f.name])}")
-            if isinstance(value, (int, float)) and not (0 < value < math.inf or value == 0 and f.metadata["zero"]):
-                raise InputError(f"{name} {value!r} is out of range: it must be a finite number above 0")
+            if isinstance(value, (int, float)) and not (0 < value < 2**31 or value == 0 and f.metadata["zero"]):
+                least = "of at least" if f.metadata["zero"] else "above"
+                raise InputError(f"{name} {value!r} is out of range: it must be a number {least} 0 and below 2**31")
         if any(loss not in LOSSES or math.isnan(weight) for loss, weight in self.teachers):
             raise InputError(f"--loss {self.loss!r} is unknown: name some of {', '.join(LOSSES)}, as in sapo:1,nll:0.5")
         if len(self.teachers) == 1 and ":" in self.loss:
             raise InputError(f"--loss {self.loss!r}: weights are relative to one another, and one teacher needs none")
         if self.group < 2:
             raise InputError(f"--group {self.group}: an advantage compares completions of one problem: give at least 2")
-        if Path(self.run).name != self.run:
+        if Path(self.run).name != self.run or self.run == "..":
             raise InputError(f"--run {self.run!r} must be the name of a folder under runs/, and no path")
         if "{question}" not in self.template:
             raise InputError(f"--template {self.template!r} must contain {{question}}")
@@ -144,6 +136,82 @@ class Config:
                 "rows": self.sample_rows}
 
 
+# ----------------------------------------------------------------------------------------------------- the command line
+
+def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path]:
+    """The command line as a Config, and the run's folder. Raises InputError."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise InputError(f"{message} (python erpd.py --help lists every option)")
+
+    parser = Parser(prog="erpd.py", usage="python erpd.py [--option value …]", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings")
+    parser.add_argument("--paper", action="store_true", help="start from the paper's own settings, for a large GPU")
+    papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None}
+    for f in fields(Config):
+        if f.name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[f.name])
+        values = [str(f.default)] * (f.default != "") + [f"the paper: {papers.get(f.name)}"] * (f.name in papers)
+        text = f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")
+        kind = type(f.default)
+        section.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(),
+                             help=text.replace("%", "%%"))
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    if "resume" in given:
+        return resumed(Path(given.pop("resume")), sorted(name for name, value in given.items() if value))
+    config = Config(**(papers if given.pop("paper") else {}) | given)
+    folder, model = Path("runs") / config.run, Path(config.model)
+    if (model.is_dir() or config.model.count("/") > 1) and not (model / "config.json").is_file():
+        raise InputError(f"--model {config.model!r} is no checkpoint folder: there is no {model / 'config.json'}")
+    if folder.exists():
+        raise InputError(f"{folder} exists: go on with it by --resume {folder}, name another with --run, or remove it")
+    return config, folder
+
+
+def resumed(folder: Path, others: Sequence[str]) -> tuple[Config, Path]:
+    """The settings of a run that was stopped. Raises InputError."""
+    if others:
+        raise InputError(f"--resume {folder} takes the settings of that run: leave --{others[0].replace('_', '-')} out")
+    try:
+        return Config(**json.loads((folder / "config.json").read_text())), folder
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--resume {folder}: there is no run of this version to go on with ({error})") from None
+
+
+def problems_of(config: Config) -> tuple[list[Problem], list[Problem]]:
+    """The problems of all rounds, and those held out. Raises InputError."""
+    sources = {"seed": config.seed, "operands": config.operands, "question_field": config.question_field or None,
+               "answer_field": config.answer_field or None, "divide": config.test_data in ("", config.data)}
+    return (load_problems(config.data, "train", config.problems * config.rounds, **sources),
+            load_problems(config.test_data or config.data, "test", config.test_problems, **sources))
+
+
+def ended(reason: Exception | str, status: int = 2) -> int:
+    """One line of why, from one process of a machine; returns the exit status."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"erpd.py: {reason}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":  # what is wrong is told before torch and transformers, which take seconds to import
+    try:
+        problems_of(read_arguments()[0])
+    except (InputError, OSError) as error:
+        sys.exit(ended(error))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm, trange  # noqa: E402
+
+import kl  # noqa: E402
+from figures.frontier import draw_frontier, ends, table  # noqa: E402
+from rollout import (Memory, Rollouts, added_up, autocast, by_tokens, collect, completion_stats,  # noqa: E402
+                     divergence, evaluate, gathered, in_batches, join, load_policy, lost, rank, save_policy,
+                     score, trainable)
+
+
 # ----------------------------------------------------------------------------------------------------------- one update
 
 def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective: Callable, config: Config, stage: str,
@@ -157,7 +225,7 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
     """
     # Every micro-batch divides by the counts of the whole update: then their gradients add up to the update's.
     tokens, completions = int(rollouts.length.sum()), len(rollouts)
-    total, shown = 0.0, {}
+    shown = {}
     for rows in by_tokens(rollouts, config.tokens_per_step):
         # Completions of like lengths: one forward pass of the policy, and one of the reference without gradients.
         part = rollouts.select(rows)
@@ -167,10 +235,11 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
         loss, numbers = objective(policy, part, advantages, tokens, completions)
         # Gradients add up on the weights; what is shown adds up where it is, without waiting for the device.
         loss.backward()
-        total = total + loss.detach()
+        numbers = {"loss": loss.detach(), **numbers}
         shown = {name: shown.get(name, 0.0) + number for name, number in numbers.items()}
+    shown = added_up(model, shown)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if not torch.isfinite(total + norm):  # asked before the weights change
+    if not torch.isfinite(shown["loss"] + norm):  # asked before the weights change
         raise FloatingPointError(stage, model)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -254,7 +323,7 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
         if config.kl_coef:
             value = value + config.kl_coef * kl.masked_mean(policy.kl, part.mask, tokens)
         moved = kl.k3_off_policy(policy.log_prob.detach() - part.log_probs)
-        return value, {"loss": value.detach(), "kl": (moved * part.mask).sum() / completions,
+        return value, {"kl": (moved * part.mask).sum() / completions,
                        "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
     reference, size = base if config.kl_coef else None, config.explore_batch
@@ -323,7 +392,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         # there KL alone restrains.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
         value = kl.masked_mean(dual["coefficient"] * policy.kl - surrogate, part.mask, tokens)
-        seen.extend(zip(policy.kl.detach(), log_ratio.detach(), part.mask))
+        seen.append(torch.stack([policy.kl.detach(), log_ratio.detach(), part.mask]))
         return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
     stage, count = "student on its way", config.distill_updates
@@ -332,7 +401,9 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         # The rate falls to 0: what the last updates of a constant one add is noise, and noise costs KL.
         optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - done)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
-        spent = kl.on_policy_kl(*(pad_sequence(column, batch_first=True) for column in zip(*seen))).item()
+        parts = gathered([part.cpu() for part in seen])
+        longest = max(part.shape[2] for part in parts)
+        spent = kl.on_policy_kl(*torch.cat([F.pad(part, (0, longest - part.shape[2])) for part in parts], 1)).item()
         dual["multiplier"], dual["coefficient"] = kl.dual_ascent(dual["multiplier"], spent, budget)
         show(numbers | {"kl": spent, "lambda": dual["coefficient"]})
         seen.clear()
@@ -351,6 +422,8 @@ def within_budget(base, student, tokenizer, problems: Sequence[Problem], budget:
         return divergence(policy, base, rollouts, config.temperature, config.tokens_per_step)["kl"]
 
     alpha, spent = kl.largest_step_within(measure, budget)
+    if alpha == 0:
+        tqdm.write(f"no step that was tried keeps to {budget:g} nats: the student stays where the round began")
     return kl.interpolated(base, student, alpha), spent
 
 
@@ -383,7 +456,11 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
             model = explore(base, rollouts, advantage, config, loss=loss, updates=updates, seed=seed, desc=name,
                             watch=watch, memory=memory)
             watch(name, model)
-            return score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
+            scores = score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
+            if not scores.isfinite().all():
+                raise InputError(f"the {name} gives a stored token no probability at all: fewer updates or a lower "
+                                 "learning rate leave it something to say")
+            return scores
 
         return memory.once(name, work)
 
@@ -450,18 +527,17 @@ def run(config: Config, folder: Path) -> list[dict]:
     settings = json.dumps(asdict(config), indent=2) + "\n"
     memory = Memory(folder, settings)
     rows, done = memory.get("rows") or [], memory.get("policy") or {"round": 0}
-    sources = {"seed": config.seed, "operands": config.operands, "question_field": config.question_field or None,
-               "answer_field": config.answer_field or None, "divide": config.test_data in ("", config.data)}
-    problems = load_problems(config.data, "train", config.problems * config.rounds, **sources)
-    held_out = load_problems(config.test_data or config.data, "test", config.test_problems, **sources)
+    problems, held_out = problems_of(config)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     base, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
     base.requires_grad_(False)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(settings)
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(settings)
 
     def write_rows() -> None:
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if rank() == 0:
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def watch(round: int, name: str, model, samples: int = config.test_samples, **about) -> None:
         """Evaluate a policy, on its way with fewer samples. Its row is on disk at once, and not measured again."""
@@ -490,7 +566,7 @@ def run(config: Config, folder: Path) -> list[dict]:
                 if config.method != "erpd":
                     watch(k, config.method, policy)
                 memory.put("policy", {"round": k, "weights": policy.state_dict()})
-                here.put("state", None)
+                here.keep("rollouts", "signal")
     except NothingToLearn as reason:
         if policy is base:
             raise
@@ -501,71 +577,32 @@ def run(config: Config, folder: Path) -> list[dict]:
         raise InputError(f"{stage} stopped, its loss is no longer finite: lower its learning rate (the last finite "
                          f"weights are in {folder / 'last_finite'})") from None
     finally:
-        if rows:
+        if rows and rank() == 0:
             write_rows()
             draw_frontier({config.method: rows}, folder / "frontier.png")
     save_policy(policy, tokenizer, folder / "policy")
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
-
-def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path]:
-    """The command line as a Config, and the run's folder. Raises InputError."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise InputError(f"{message} (python erpd.py --help lists every option)")
-
-    parser = Parser(prog="erpd.py", usage="python erpd.py [--option value …]", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings")
-    parser.add_argument("--paper", action="store_true", help="start from the paper's own settings, for a large GPU")
-    papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None}
-    for f in fields(Config):
-        if f.name in SECTIONS:
-            section = parser.add_argument_group(SECTIONS[f.name])
-        values = [str(f.default)] * (f.default != "") + [f"the paper: {papers.get(f.name)}"] * (f.name in papers)
-        text = f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")
-        kind = type(f.default)
-        section.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(),
-                             help=text.replace("%", "%%"))
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    if "resume" in given:
-        return resumed(Path(given.pop("resume")), sorted(name for name, value in given.items() if value))
-    config = Config(**(papers if given.pop("paper") else {}) | given)
-    folder = Path("runs") / config.run
-    if folder.exists():
-        raise InputError(f"{folder} exists: go on with it by --resume {folder}, name another with --run, or remove it")
-    return config, folder
-
-
-def resumed(folder: Path, others: Sequence[str]) -> tuple[Config, Path]:
-    """The settings of a run that was stopped. Raises InputError."""
-    if others:
-        raise InputError(f"--resume {folder} takes the settings of that run: leave --{others[0].replace('_', '-')} out")
-    try:
-        return Config(**json.loads((folder / "config.json").read_text())), folder
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"--resume {folder}: there is no run of this version to go on with ({error})") from None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     folder = None
     try:
         config, folder = read_arguments(arguments)
+        join()
         print(f"{config.method} on {config.data} with {config.model}: the results go to {folder}/\n")
         rows = run(config, folder)
         print(f"\n{table(ends(rows))}")
         print(f"\n{folder}/: policy/ (the final policy), metrics.jsonl (these rows), frontier.png")
     except InputError as error:
-        print(f"erpd.py: {error}", file=sys.stderr)
-        return 2
+        return ended(error)
     except OSError as error:  # a full disk, a folder that cannot be written
-        print(f"erpd.py: {error}: what is in {folder} stays; once mended, --resume {folder} goes on", file=sys.stderr)
-        return 2
+        return ended(f"{error}: what is in {folder} stays; once mended, --resume {folder} goes on")
     except KeyboardInterrupt:
-        print(f"\nerpd.py: stopped; python erpd.py --resume {folder} goes on from here", file=sys.stderr)
-        return 130
+        return ended(f"stopped; python erpd.py --resume {folder} goes on from here", 130)
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        return ended(f"another process of this job has ended; --resume {folder} goes on, with any number of them", 1)
     return 0
 
 

@@ -112,7 +112,7 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor,
     total = sums[:, -1:]
     # Strictly below the total, so that no rounding leads to a token of probability 0 behind the last possible one.
     threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(sums, threshold, right=True)
+    token = torch.searchsorted(sums, threshold, right=True).clamp_(max=sums.shape[1] - 1)  # NaN would lead beyond
     return token[:, 0], probs.gather(1, token)[:, 0].log()
 
 
@@ -270,7 +270,7 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, temperature, with_entropy, reference, rows):
         stats = []
-        for part in (slice(start, start + rows) for start in range(0, len(hidden), rows)):
+        for part in (slice(start, start + rows) for start in range(0, max(1, len(hidden)), rows)):
             log_p = log_policy(hidden[part], weight, temperature)
             log_q = log_policy(reference[0][part], reference[1], temperature) if reference else None
             stats.append((token_log_probs(log_p, ids[part]), entropy(log_p) if with_entropy else None,

@@ -6,6 +6,8 @@
 
 `python rewards.py "completion or answer" "gold"` shows what is extracted, how each side is read, and the verdict.
 """
+from __future__ import annotations
+
 import cmath
 import hashlib
 import json
@@ -18,9 +20,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line reads problems before it takes the seconds to import torch
+    from torch import Tensor
 
 
 class InputError(ValueError):
@@ -118,8 +121,9 @@ def load_rows(source: str, split: str) -> tuple[list[dict], bool]:
     if source.endswith(".jsonl"):
         splits, names = {"all": read_jsonl(source)}, {}
     elif source.endswith(".parquet") or source in SHORT_NAMES or "/" in source:
-        from datasets import load_dataset  # slow to import
+        from datasets import load_dataset, logging  # slow to import
 
+        logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told once, below
         path, config, names = SHORT_NAMES.get(source, (*source.partition(":")[::2], {}))
         try:
             splits = (load_dataset("parquet", data_files=source) if source.endswith(".parquet")
@@ -171,7 +175,9 @@ def row_problem(row: dict, where: str, question_field: str | None, answer_field:
         answer = answer[0]
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
-    gold = "" if answer is None else str(answer)
+    if not isinstance(answer, (str, int, float)) or answer != answer:  # NaN is unlike itself
+        raise InputError(f"{where}: the answer is no text and no number: {str(answer)[:60]!r}")
+    gold = str(answer)
     return Problem(question, gold.rpartition("####")[2].strip() if "####" in gold else last_box(gold) or gold.strip())
 
 
@@ -191,6 +197,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
           "loo"   r − mean of the others, which is (r − mean)·G/(G − 1) (RLOO, arXiv 2402.14740).
     A group of equal rewards, so also a group of one, gets exactly 0. Raises InputError for an unknown kind.
     """
+    import torch
+
     if kind not in ("std", "mean", "loo"):
         raise InputError(f"unknown advantage {kind!r}: use std, mean or loo")
     group = torch.unique(groups, return_inverse=True)[1]

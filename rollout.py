@@ -1,4 +1,4 @@
-"""Policies and text: load a policy, sample completions, the Rollouts batch, score it, evaluate a policy, remember.
+"""Policies and text: load a policy, sample completions, the Rollouts batch, score it, evaluate a policy, remember, share.
 
 A policy is a pair (model, tokenizer) as transformers loads them. Nothing here asks which model it is.
 Models stay in eval mode everywhere, so dropout is off alike where tokens are sampled and where they are scored.
@@ -16,6 +16,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -42,13 +43,16 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
         return InputError(f"--model {name!r} {reason}")
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        # transformers would ask at the keyboard whether to run code that comes with a model.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # of some ten kinds: no such name, no tokenizer, a broken file, a model without text
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise refused(f"is no checkpoint folder or hub name that transformers can load: {reason}") from None
     if not tokenizer.encode("1"):
         raise refused("has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
+    if len(tokenizer) > (room := model.get_input_embeddings().weight.shape[0]):
+        raise refused(f"has a tokenizer of {len(tokenizer)} tokens and an embedding of {room}: they are not of one model")
     if not stop_ids(model, tokenizer):
         raise refused("names no end-of-sequence token: set eos_token_id in its generation_config.json")
     if not all(weight.isfinite().all() for weight in model.parameters()):
@@ -67,8 +71,9 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
 
 def save_policy(model, tokenizer, folder: str | Path) -> None:
     """Write a checkpoint folder that `load_policy`, and transformers itself, read back."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if rank() == 0:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def trainable(base, lr: float, checkpointing: bool = False):
@@ -197,16 +202,18 @@ def in_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> lis
 
 def by_tokens(rollouts: Rollouts, budget: int) -> list[Tensor]:
     """Row indices in batches of like lengths, the longest first: at most `budget` tokens each, padding included, but
-    at least one row. Copies of a row share its batch and count once.
+    at least one row. Copies of a row share its batch and count once. Of several processes, each has its share.
     """
     rows, copy_of = rollouts.distinct()
     order = rollouts.total_length[rows].argsort(descending=True, stable=True)
     lengths, batches, start = rollouts.total_length[rows[order]].tolist(), [], 0
+    if ranks() > 1:
+        budget = min(budget, sum(lengths) // ranks())
     while start < len(order):
         end = start + max(1, budget // lengths[start])  # the first is the longest
         batches.append(torch.isin(copy_of, order[start:end]).nonzero()[:, 0])
         start = end
-    return batches
+    return batches[rank()::ranks()]
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
@@ -271,7 +278,7 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: 
     for rows in tqdm(by_tokens(rollouts, tokens_per_step), desc=desc, leave=False):
         log_probs = completion_stats(model, rollouts.select(rows), temperature).log_prob
         scores[rows, :log_probs.shape[1]] = log_probs.cpu()
-    return scores
+    return sum(gathered([scores]))
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -286,6 +293,8 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     problems = range(len(prompts)) if problems is None else problems
     uniform = torch.cat([kl.noise(seed, problem, group, max_new_tokens) for problem in problems])
     tokens, log_probs = decode(model, prompts, uniform.to(model.device), temperature, torch.tensor(stop), pad_id)
+    if not log_probs.isfinite().all():
+        raise InputError("the policy's logits are not finite: try --precision fp32, or a lower learning rate before")
     ends = torch.isin(tokens, torch.tensor(stop))
     length = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
     begun = [torch.tensor(p) for p in prompts]
@@ -362,10 +371,11 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
     pad_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little left padding in a batch
+    by_length = by_length[rank()::ranks()]
     parts, right, done = [], 0.0, 0
-    with tqdm(total=len(prompts) * group, desc=desc, unit="completion", leave=False) as bar:
+    with tqdm(total=len(by_length) * group, desc=desc, unit="completion", leave=False) as bar:
         per_batch = max(1, rows // group)
-        for start in range(0, len(prompts), per_batch):
+        for start in range(0, len(by_length), per_batch):
             chosen = by_length[start:start + per_batch]
             part = sample(model, [prompts[i] for i in chosen], group, max_new_tokens=max_new_tokens,
                           temperature=temperature, stop=stop, pad_id=pad_id, seed=seed, problems=chosen)
@@ -375,7 +385,7 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
             right, done = right + part.rewards.sum().item(), done + len(part)
             bar.update(len(part))
             bar.set_postfix(right=f"{right / done:.1%}")
-    rollouts = Rollouts.concatenate(parts, pad_id)
+    rollouts = Rollouts.concatenate(gathered(parts), pad_id)
     return rollouts.select(torch.argsort(rollouts.groups, stable=True))
 
 
@@ -416,7 +426,7 @@ def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0,
         stats = completion_stats(model, rollouts.select(rows), temperature, with_entropy=True, reference=other)
         entropy_sum = entropy_sum + stats.entropy.sum()
         kl_sum = kl_sum if other is None else kl_sum + stats.kl.sum()
-    kl_sum, entropy_sum = kl_sum.item(), entropy_sum.item()
+    kl_sum, entropy_sum = map(sum, zip(*gathered([(kl_sum.item(), entropy_sum.item())])))
     tokens = rollouts.length.sum().item()
     return {"kl": kl_sum / len(rollouts), "kl_token": kl_sum / tokens, "entropy": entropy_sum / tokens}
 
@@ -458,6 +468,9 @@ class Memory:
 
     def get(self, name: str):
         """What was put there, tensors on the CPU; None where there is nothing. Raises InputError."""
+        return from_first(lambda: self.read(name))
+
+    def read(self, name: str):
         if self.folder is None or not (path := self.folder / f"{name}.pt").exists():
             return None
         try:
@@ -472,7 +485,7 @@ class Memory:
         return value
 
     def put(self, name: str, value) -> None:
-        if self.folder is None:
+        if self.folder is None or rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = self.folder / f"{name}.part"
@@ -481,6 +494,12 @@ class Memory:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.folder / f"{name}.pt")
+
+    def keep(self, *names: str) -> None:
+        """Remove all but these."""
+        if self.folder and not rank():
+            for path in self.folder.glob("*.pt"):
+                path.stem in names or path.unlink()
 
     def once(self, name: str, make: Callable):
         """What `make()` gave when it was first asked."""
@@ -506,3 +525,59 @@ class Memory:
         self.put("state", {"stage": name, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                            "more": more, "done": done})
         self.due = time.monotonic() + 20 * (time.monotonic() - began)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+#
+# Started by torchrun, every process has the same policy, batch and random numbers, and computes a share: of the prompts
+# in `collect`, of the micro-batches in `by_tokens`. What they find is put together at once, so that all stay alike.
+
+def join() -> None:
+    """Become one of the processes that torchrun has started, if it has, on a GPU of its own where there are some."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if rank():  # the first one speaks
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether it says that another process has ended."""
+    return ranks() > 1 and (isinstance(error, dist.DistError) or "peer" in str(error))
+
+
+def gathered(values: list) -> list:
+    """The values of all processes, one after the other; tensors on the CPU."""
+    every = [values] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(every, values)
+    return [value for part in every for value in part]
+
+
+def from_first(work: Callable):
+    """What `work()` gives in the first process, in all of them."""
+    value = [None if rank() else work()]
+    if ranks() > 1:
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
+def added_up(model, numbers: dict[str, Tensor]) -> dict:
+    """The numbers, and the gradients of the model in place, summed over the processes."""
+    if ranks() == 1:
+        return numbers
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        dist.all_reduce(weight.grad)
+    every = gathered([{name: float(number) for name, number in numbers.items()}])
+    return {name: sum(part.get(name, 0.0) for part in every) for name in max(every, key=len)}

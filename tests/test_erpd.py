@@ -398,51 +398,6 @@ def test_several_teachers_run_and_the_seed_decides_everything(tmp_path, monkeypa
     assert student["kl_round"] <= student["kl_budget"] == erpd.kl.budget_from_limit(right, 8)
 
 
-WRONG = [
-    (dict(model="no/such/model/here"), "no/such/model/here"),
-    (dict(data="no-such-data"), "no-such-data"),
-    (dict(data="missing.jsonl"), "missing.jsonl"),
-    (dict(data="empty.jsonl"), "empty.jsonl"),
-    (dict(data="broken.jsonl"), "line 2"),
-    (dict(data="good.jsonl", question_field="riddle"), "riddle"),
-    (dict(loss="sappo"), "sappo"),
-    (dict(unlearn_loss="sappo"), "sappo"),
-    (dict(signal="loud"), "loud"),
-    (dict(method="magic"), "magic"),
-    (dict(group=1), "--group 1"),
-    (dict(kl_budget=0), "--kl-budget"),
-    (dict(kl_budget="nan"), "--kl-budget"),
-    (dict(kl_budget="much"), "much"),
-    (dict(problems="many"), "many"),
-    (dict(loss="mse:1,nll:much"), "mse:1,nll:much"),
-    (dict(template="no place"), "no place"),
-    (dict(max_new_tokens=600), "context"),
-    (dict(run="taken"), "--resume runs/taken"),
-    (dict(run="../elsewhere"), "../elsewhere"),
-    (dict(resume="runs/taken"), "--resume runs/taken"),
-    (dict(data="hard.jsonl", problems=4, test_problems=1), "nothing to learn"),
-    (dict(explore_lr=1e30), "last_finite"),
-    (dict(explore_lr="inf"), "--explore-lr"),
-    (dict(loss="sapo:0.5"), "sapo:0.5"),
-    (dict(device="tpu"), "tpu"),
-]
-
-
-@pytest.mark.parametrize("settings, named", WRONG, ids=[str(s) for s, _ in WRONG])
-def test_wrong_input_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, settings, named):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "runs" / "taken").mkdir(parents=True)
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "broken.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n{"question": "1+2=", "ans\n')
-    (tmp_path / "good.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
-    hard = [json.dumps({"question": f"{n}=", "answer": str(10**9 + n)}) + "\n" for n in range(40)]
-    (tmp_path / "hard.jsonl").write_text("".join(hard))
-    assert erpd.main(arguments(**settings)) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("erpd.py: ") and named in message and "Traceback" not in message
-
-
 def test_help_and_paper_settings(capsys):
     """Every field is an option with its meaning; --paper starts from the paper's settings, which the line can
     override."""
