@@ -1,4 +1,4 @@
-"""Policies and text: load a policy, sample completions, the Rollouts batch, score it, evaluate a policy, remember, share.
+"""Policies and text: load a policy, sample completions, the Rollouts batch, score it, evaluate, remember, share.
 
 A policy is a pair (model, tokenizer) as transformers loads them. Nothing here asks which model it is.
 Models stay in eval mode everywhere, so dropout is off alike where tokens are sampled and where they are scored.
@@ -52,7 +52,7 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
     if not tokenizer.encode("1"):
         raise refused("has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
     if len(tokenizer) > (room := model.get_input_embeddings().weight.shape[0]):
-        raise refused(f"has a tokenizer of {len(tokenizer)} tokens and an embedding of {room}: they are not of one model")
+        raise refused(f"has a tokenizer of {len(tokenizer)} tokens and an embedding of {room}: one is another model's")
     if not stop_ids(model, tokenizer):
         raise refused("names no end-of-sequence token: set eos_token_id in its generation_config.json")
     if not all(weight.isfinite().all() for weight in model.parameters()):

@@ -2,14 +2,8 @@
 
 import json
 import math
-import os
-import shutil
-import sys
-import time
 from dataclasses import fields, replace
-from multiprocessing import get_context
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
@@ -18,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import erpd
 from erpd import Config
 from rewards import InputError, chain_problems, group_advantages
-from rollout import Memory, Rollouts, collect, completion_stats, divergence, load_policy, score
+from rollout import Rollouts, collect, completion_stats, divergence, load_policy, score
 
 TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
 SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=1, test_problems=8, test_samples=2,
@@ -257,15 +251,6 @@ def test_student_stays_within_its_budget_on_its_own_samples(stage):
     assert unchecked > 0.3 and 0 < spent <= 0.1 and measured < 0.15
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_finite_weights(stage):
-    base, _, _, rollouts = stage
-    broken = replace(rollouts, log_probs=torch.full_like(rollouts.log_probs, math.nan))
-    with pytest.raises(FloatingPointError) as stopped:
-        explored(base, broken, Config(**SMALL), loss="sapo", updates=2)
-    stage, model = stopped.value.args
-    assert stage == "explorer" and torch.equal(weights(model), weights(base))
-
-
 # ----------------------------------------------------------------------------------------------------- the command line
 
 def arguments(**settings):
@@ -309,72 +294,6 @@ def test_a_later_round_with_nothing_to_learn_ends_the_run_and_keeps_its_policy(t
     assert "round 2 was not begun: no problem" in capsys.readouterr().err
     folder = tmp_path / "runs" / "solved"
     assert (folder / "policy").is_dir() and (folder / "metrics.jsonl").read_text().count("ERPD student") == 1
-
-
-def started(folder: Path, given: list[str]) -> None:
-    """In a process of its own: the command line, on one thread."""
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    sys.exit(erpd.main(given))
-
-
-@pytest.mark.parametrize("method", ["erpd", "grpo"])
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, method):
-    """Mistakes: an optimizer, a shuffle or λ that begins anew, a row measured twice, a file half written. To the bit.
-    """
-    context, random = get_context("forkserver"), Random(0)
-    context.set_forkserver_preload(["erpd"])
-    given = arguments(run="one", method=method, rounds=2, device="cpu", explore_updates=8, distill_updates=8)
-    (tmp_path / "whole").mkdir(), (tmp_path / "killed").mkdir()
-    began, whole = time.monotonic(), context.Process(target=started, args=(tmp_path / "whole", given))
-    whole.start(), whole.join()
-    lasted, kills = time.monotonic() - began, 0
-    assert whole.exitcode == 0
-    while True:
-        there = (tmp_path / "killed" / "runs" / "one" / "config.json").exists()
-        line = ["--resume", "runs/one"] if there else given
-        process = context.Process(target=started, args=(tmp_path / "killed", line))
-        process.start()
-        process.join(lasted * random.uniform(0.05, 0.25) if kills < 10 else None)
-        if process.exitcode is not None:
-            break
-        process.kill(), process.join()
-        kills += 1
-        if not there and (tmp_path / "killed" / "runs" / "one").exists():
-            shutil.rmtree(tmp_path / "killed" / "runs" / "one", ignore_errors=True)  # killed before it had settings
-    assert process.exitcode == 0 and kills >= (5 if method == "erpd" else 1)
-    for name in ("metrics.jsonl", "policy/model.safetensors"):
-        one, other = (tmp_path / which / "runs" / "one" / name for which in ("whole", "killed"))
-        assert one.read_bytes() == other.read_bytes(), name
-
-
-def test_damaged_memory_is_made_again_and_anothers_is_refused(tmp_path, capsys):
-    """Mistake: a run that goes on from half a file, a flipped bit or other settings, silently another run."""
-    memory = Memory(tmp_path, "these settings")
-    memory.put("state", {"weights": torch.arange(1000.0)})
-    whole = (tmp_path / "state.pt").read_bytes()
-    flipped = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:] for at in range(0, len(whole), 97)]
-    for damaged in (whole[:len(whole) // 2], b"", b"junk", *flipped):
-        (tmp_path / "state.pt").write_bytes(damaged)
-        got = memory.get("state")  # a bit of the padding may turn and harm nothing
-        assert torch.equal(got["weights"], torch.arange(1000.0)) if got else "damaged" in capsys.readouterr().err
-    (tmp_path / "state.pt").write_bytes(whole)
-    assert torch.equal(memory.get("state")["weights"], torch.arange(1000.0))
-    with pytest.raises(InputError, match="other settings"):
-        Memory(tmp_path, "others").get("state")
-    assert Memory().once("state", lambda: 1) == 1 and Memory().get("state") is None
-
-
-def test_an_interruption_and_a_folder_that_cannot_be_written_end_with_one_line(tmp_path, monkeypatch, capsys):
-    """Mistake: a traceback, or no word of how to go on."""
-    monkeypatch.chdir(tmp_path)
-    for error, code, said in ((KeyboardInterrupt(), 130, "--resume runs/one goes on"),
-                              (OSError(28, "No space left on device"), 2, "No space left")):
-        monkeypatch.setattr(erpd, "explore", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
-        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-        assert erpd.main(arguments(run="one")) == code
-        assert said in capsys.readouterr().err.strip().splitlines()[-1]
-        assert (tmp_path / "runs" / "one" / "round-1" / "rollouts.pt").exists()
 
 
 @pytest.mark.parametrize("method", ["grpo", "mse", "nll", "clip"])

@@ -58,7 +58,8 @@ EARLY += [
     (dict(data="nan.jsonl"), "the answer is no text and no number: 'nan'"),
     (dict(data="object.jsonl"), "the answer is no text"), (dict(data="textless.jsonl"), "the question is no text: '7'"),
     (dict(data="speechless.jsonl"), "the question is no text"), (dict(data="answerless.jsonl"), "cannot read the gold"),
-    (dict(data="good.jsonl", question_field="riddle"), "riddle"), (dict(data="good.jsonl", problems=200), "200 problems"),
+    (dict(data="good.jsonl", question_field="riddle"), "riddle"),
+    (dict(data="good.jsonl", problems=200), "200 problems"),
 ]
 
 
@@ -68,7 +69,8 @@ def there(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     good = [json.dumps({"question": f"{n}+1=", "answer": str(n + 1)}) for n in range(100)]
     rows = {"null": None, "several": [1, 2], "object": {"a": 1}, "nan": float("nan"), "answerless": ""}
-    files = {name: json.dumps({"question": "1+1=", "answer": answer}) for name, answer in rows.items()}
+    files = {name: "".join(json.dumps({"question": f"{n}+1=", "answer": answer}) + "\n" for n in range(40))
+             for name, answer in rows.items()}
     files |= {"empty": "", "blank": "\n\n \n", "list": "[1, 2]", "deep": "[" * 100_000,
               "fieldless": '{"question": "1+1="}', "textless": '{"question": 7, "answer": "2"}',
               "speechless": '{"question": " ", "answer": "2"}', "good": "\n".join(good),
@@ -101,8 +103,8 @@ for given in json.load(sys.stdin):
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(EARLY) >= 60, done.stderr
     for (settings, named), (status, said, seconds, torch_too) in zip(EARLY, answers):
-        assert status == 2 and said.count("\n") == 1 and said.startswith("erpd.py: ") and named in said, (settings, said)
-        assert seconds < 1 and not torch_too, (settings, seconds)
+        assert status == 2 and said.startswith("erpd.py: ") and said.count("\n") == 1, (settings, said)
+        assert named in said and seconds < 1 and not torch_too, (settings, said, seconds)
 
 
 # ------------------------------------------------------------------------------------------------ told by the model
@@ -157,8 +159,9 @@ LATE = {
     "no tokenizer": (spoilt("tokenizer.json", None), "tokenizer"), "no JSON": (spoilt("config.json", b"{"), "--model"),
     "another kind of model": (spoilt("config.json", b'{"model_type": "magic"}'), "magic"),
 }
-SETTINGS = [(dict(model="no/such-model"), "no/such-model"), (dict(device="tpu"), "tpu"), (dict(device="cuda:99"), "cuda:99"),
-            (dict(max_new_tokens=600), "context"), (dict(data="long.jsonl", test_data="chain"), "context of"),
+SETTINGS = [(dict(model="no/such-model"), "no/such-model"), (dict(device="tpu"), "tpu"),
+            (dict(device="cuda:99"), "cuda:99"), (dict(max_new_tokens=600), "context"),
+            (dict(data="long.jsonl", test_data="chain"), "context of"),
             (dict(data="hard.jsonl", test_problems=1), "nothing to learn"), (dict(explore_lr=1e9), "last_finite"),
             (dict(data="nobody/nothing"), "nobody/nothing"), (dict(data="broken.parquet"), "broken.parquet"),
             (dict(resume="runs/damaged"), "no run of this version"), (dict(resume="runs/other"), "other settings")]
@@ -198,8 +201,9 @@ def test_what_only_a_run_can_tell(tmp_path, monkeypatch, capsys, settings, named
 
 
 def test_files_of_other_systems_are_read(tmp_path):
-    """A byte-order mark, Windows line ends, blank lines, numbers as answers, the same problem twice, a line of 10 MB."""
-    rows = [{"question": "1+1=", "answer": 2}, {"question": "1+1=", "answer": [2.0]}, {"question": "x" * 10**7, "answer": "3"}]
+    """A byte-order mark, Windows line ends, blank lines, numbers as answers, a problem twice, a line of 10 MB."""
+    rows = [{"question": "1+1=", "answer": 2}, {"question": "1+1=", "answer": [2.0]},
+            {"question": "x" * 10**7, "answer": "3"}]
     text = "\ufeff" + "\r\n\r\n".join(json.dumps(row) for row in rows) + "\r\n"
     (tmp_path / "windows.jsonl").write_text(text, encoding="utf-8", newline="")
     assert [p.answer for p in load_problems(str(tmp_path / "windows.jsonl"), "all")] == ["2", "2", "3"]
@@ -240,11 +244,12 @@ def test_nothing_that_is_loaded_is_executed(tmp_path, monkeypatch, capsys):
         assert not re.search(r"(?<![.\w])(eval|exec|system|popen)\(|subprocess", text), source
 
 
-HOSTILE = ["{question}", "{0}{1!r}{__class__}", "%s%n%(x)s", "../../etc/passwd", "$(touch executed)", "`touch executed`",
-           "__import__('os').system('touch executed')", "\\boxed{__import__('os').system('touch executed')}",
-           "\\boxed{" * 5000, "\\boxed{9^{9^{9^{9}}}}", "\\boxed{" + "9" * 100_000 + "!}", "\\frac" * 20_000,
-           "\\boxed{\\input{/etc/passwd}}", "\x00\x1b[2J\ud800", "<eos>" * 1000, "(" * 50_000, "1e999999999", "####" * 9999,
-           "\\boxed{(((1+1)^{99})^{99})^{99}}", "\\boxed{\\binom{99999999}{5}}", "= " * 30_000, "the answer is " * 5000]
+COMMAND = "__import__('os').system('touch executed')"
+HOSTILE = ["{question}", "{0}{1!r}{__class__}", "%s%n%(x)s", "../../etc/passwd", "$(touch executed)",
+           "`touch executed`", COMMAND, f"\\boxed{{{COMMAND}}}", "\\boxed{" * 5000, "\\boxed{9^{9^{9^{9}}}}", "\\frac" * 20_000,
+           "\\boxed{" + "9" * 100_000 + "!}", "\\boxed{\\input{/etc/passwd}}", "\x00\x1b[2J\ud800", "<eos>" * 1000,
+           "(" * 50_000, "1e999999999", "#### " * 9999, "\\boxed{(((1+1)^{99})^{99})^{99}}",
+           "\\boxed{\\binom{99999999}{5}}", "= " * 30_000, "the answer is " * 5000]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

@@ -1,0 +1,319 @@
+"""Runs that are stopped, numbers that go wrong, several processes, many rounds.
+
+    python tests/test_survival.py --kills 50        # both jobs below, killed as often, at random moments
+    python tests/test_survival.py --rounds 30       # memory, disk and time, round by round
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import pytest
+import torch
+
+import erpd
+import kl
+from erpd import Config
+from rewards import InputError, chain_problems, group_advantages
+from rollout import Memory, collect, load_policy, trainable
+
+TINY = str(Path(__file__).resolve().parents[1] / "tutorial" / "tiny_base")
+SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=2, test_problems=8, test_samples=2, device="cpu",
+             curve_samples=1, limit_samples=2, explore_updates=8, unlearn_updates=2, distill_updates=8,
+             explore_batch=32, distill_batch=32, operands=3)
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["erpd"])
+
+
+def arguments(**settings):
+    return [part for name, value in (SMALL | settings).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def started(folder: Path, given: list[str], rank: int = 0, ranks: int = 0, port: int = 0) -> None:
+    """In a process of its own: the command line, on one thread; one of several, as torchrun starts them, by `ranks`."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.stderr = open(f"stderr-{rank}", "w")
+    losses, update = [], erpd.optimise
+    if ranks:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+        def recorded(*a, **k):
+            losses.append(float(update(*a, **k)["loss"]))
+            return {"loss": losses[-1]}
+
+        erpd.optimise = recorded
+    status = erpd.main(given)
+    Path(f"losses-{rank}.json").write_text(json.dumps(losses))
+    sys.exit(status)
+
+
+def begin(*given):
+    process = CONTEXT.Process(target=started, args=given)
+    process.start()
+    return process
+
+
+# -------------------------------------------------------------------------------------------------------- interruption
+
+def killed_again_and_again(folder: Path, method: str, kills: int, seed: int = 0) -> int:
+    """Runs a job undisturbed; then again, with SIGKILL at random moments, until `kills` are spent. Every run must end
+    with the same bytes. Returns how many runs were made of it."""
+    random, given = Random(seed), arguments(run="one", method=method)
+    (folder / "whole").mkdir()
+    began, whole = time.monotonic(), begin(folder / "whole", given)
+    whole.join()
+    lasted, runs = time.monotonic() - began, 0
+    assert whole.exitcode == 0
+    while kills > 0:
+        here = folder / f"killed-{runs}"
+        here.mkdir()
+        while True:
+            there = (here / "runs" / "one" / "config.json").exists()
+            process = begin(here, ["--resume", "runs/one"] if there else given)
+            process.join(lasted * random.uniform(0.02, 0.2) if kills > 0 else None)
+            if process.exitcode is not None:
+                break
+            process.kill(), process.join()
+            kills -= 1
+            if not (here / "runs" / "one" / "config.json").exists():  # killed before it had settings
+                shutil.rmtree(here / "runs", ignore_errors=True)
+        assert process.exitcode == 0, (here / "stderr-0").read_text()
+        for name in ("metrics.jsonl", "policy/model.safetensors"):
+            one, other = (where / "runs" / "one" / name for where in (folder / "whole", here))
+            assert one.read_bytes() == other.read_bytes(), name
+        runs += 1
+    return runs
+
+
+@pytest.mark.parametrize("method", ["erpd", "grpo"])
+def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(tmp_path, method):
+    """Mistakes: an optimizer, a shuffle or λ that begins anew, a row measured twice, a file half written. To the bit.
+    """
+    assert killed_again_and_again(tmp_path, method, 10) >= 1
+
+
+def test_damaged_memory_is_made_again_and_anothers_is_refused(tmp_path, capsys):
+    """Mistake: a run that goes on from half a file, a flipped bit or other settings, silently another run."""
+    memory = Memory(tmp_path, "these settings")
+    memory.put("state", {"weights": torch.arange(1000.0)})
+    whole = (tmp_path / "state.pt").read_bytes()
+    flipped = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:] for at in range(0, len(whole), 97)]
+    for damaged in (whole[:len(whole) // 2], b"", b"junk", *flipped):
+        (tmp_path / "state.pt").write_bytes(damaged)
+        got = memory.get("state")  # a bit of the padding may turn and harm nothing
+        assert torch.equal(got["weights"], torch.arange(1000.0)) if got else "damaged" in capsys.readouterr().err
+    (tmp_path / "state.pt").write_bytes(whole)
+    assert torch.equal(memory.get("state")["weights"], torch.arange(1000.0))
+    with pytest.raises(InputError, match="other settings"):
+        Memory(tmp_path, "others").get("state")
+    assert Memory().once("state", lambda: 1) == 1 and Memory().get("state") is None
+
+
+def test_an_interruption_and_a_folder_that_cannot_be_written_end_with_one_line(tmp_path, monkeypatch, capsys):
+    """Mistake: a traceback, or no word of how to go on."""
+    monkeypatch.chdir(tmp_path)
+    for error, code, said in ((KeyboardInterrupt(), 130, "--resume runs/one goes on"),
+                              (OSError(28, "No space left on device"), 2, "No space left")):
+        monkeypatch.setattr(erpd, "explore", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        assert erpd.main(arguments(run="one")) == code
+        assert said in capsys.readouterr().err.strip().splitlines()[-1]
+        assert (tmp_path / "runs" / "one" / "round-1" / "rollouts.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------ numbers that go wrong
+
+@pytest.fixture(scope="module")
+def stage(device):
+    """(base, tokenizer, problems, rollouts): the embedded policy and a batch of 64 completions it sampled."""
+    base, tokenizer = load_policy(TINY, device)
+    problems = chain_problems(8, "train", operands=3, seed=0)
+    return (base.requires_grad_(False), tokenizer, problems,
+            collect(base, tokenizer, problems, 8, max_new_tokens=48, seed=0))
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("where", ["log-probs", "advantage", "weight", "gradient"])
+def test_what_is_not_finite_stops_a_stage_with_the_last_finite_weights(stage, where):
+    """Mistake: an optimizer's step with NaN, after which everything is NaN."""
+    base, _, _, rollouts = stage
+    advantage, start = group_advantages(rollouts.rewards, rollouts.groups), trainable(base, 1e-4)
+    if where == "log-probs":
+        rollouts = replace(rollouts, log_probs=torch.full_like(rollouts.log_probs, math.nan))
+    if where == "advantage":
+        advantage = torch.where(torch.arange(len(advantage)) == 5, torch.inf, advantage)
+    if where == "weight":
+        with torch.no_grad():
+            next(start[0].parameters())[5].fill_(torch.inf)
+    if where == "gradient":
+        next(start[0].parameters()).register_hook(lambda gradient: gradient * torch.nan)
+    before = weights(start[0])
+    with pytest.raises(FloatingPointError) as stopped:
+        erpd.explore(base, rollouts, advantage, Config(**SMALL), loss="sapo", updates=2, start=start)
+    name, model = stopped.value.args
+    assert name == "explorer" and torch.equal(weights(model), before)
+
+
+def test_a_stage_that_is_not_finite_ends_with_a_line_and_its_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def overflow(model, *_):
+        raise FloatingPointError("explorer", model)
+
+    monkeypatch.setattr(erpd, "optimise", overflow)
+    assert erpd.main(arguments(run="one")) == 2
+    assert "explorer stopped" in capsys.readouterr().err and load_policy(str(tmp_path / "runs" / "one" / "last_finite"))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_told(stage, bad):
+    """Mistake: a token beyond the vocabulary, which ends a GPU's process without a word."""
+    base, tokenizer, problems, _ = stage
+    token, _ = kl.choose(torch.full((2, 5), bad), 1.0, torch.tensor([0.1, 0.9]))
+    assert (token < 5).all()
+    broken, _ = trainable(base, 1.0)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(bad)
+    with pytest.raises(InputError, match="not finite"):
+        collect(broken, tokenizer, problems, 2, max_new_tokens=4)
+
+
+def test_a_teacher_that_rules_out_a_stored_token_is_told(stage, monkeypatch):
+    """Mistake: −∞ in δ_t, whose mean square makes every advantage NaN."""
+    base, tokenizer, problems, _ = stage
+    monkeypatch.setattr(erpd, "score", lambda model, rollouts, *_, **__: rollouts.log_probs.index_fill(
+        1, torch.tensor([3]), -math.inf))
+    with pytest.raises(InputError, match="unlearned policy gives a stored token no probability"):
+        erpd.one_round(base, tokenizer, problems, Config(**SMALL))
+
+
+def test_groups_of_one_and_batches_of_nothing_do_no_harm(stage):
+    """A group that lost all but one completion has advantage 0; a batch whose every token is masked moves nothing."""
+    base, _, _, rollouts = stage
+    one_left = rollouts.select(torch.tensor([0, *range(8, 64)]))
+    advantage = group_advantages(one_left.rewards, one_left.groups)
+    assert advantage[0] == 0
+    model = erpd.explore(base, one_left, advantage, Config(**SMALL), loss="clip", updates=2)
+    assert weights(model).isfinite().all() and not torch.equal(weights(model), weights(base))
+    masked = replace(rollouts, length=torch.zeros_like(rollouts.length))
+    for loss in ("sapo", "clip", "nll"):
+        model = erpd.explore(base, masked, torch.ones(64), Config(**SMALL), loss=loss, updates=1)
+        assert torch.equal(weights(model), weights(base))
+
+
+def test_an_explorer_that_collapsed_onto_one_token_still_teaches(stage, monkeypatch):
+    """It gives the others next to no probability; δ_t is large, finite and bounded, and the student near its base."""
+    base, tokenizer, problems, rollouts = stage
+    collapsed, _ = trainable(base, 1.0)
+    with torch.no_grad():
+        collapsed.model.norm.weight.mul_(50)
+    monkeypatch.setattr(erpd, "explore", lambda *_, **__: collapsed)
+    told = []
+    student = erpd.one_round(base, tokenizer, problems, Config(**SMALL, signal="teacher", kl_budget=0.2),
+                             watch=lambda name, model, **about: told.append(about))
+    assert weights(student).isfinite().all() and 0 <= told[-1]["kl_round"] <= 0.2
+
+
+def test_a_budget_that_cannot_be_met_leaves_the_base_and_says_so(stage, monkeypatch, capsys):
+    base, tokenizer, problems, rollouts = stage
+    monkeypatch.setattr(erpd, "divergence", lambda *_: {"kl": 1.0})
+    student, spent = erpd.within_budget(base, trainable(base, 1.0)[0], tokenizer, problems, 1e-9, Config(**SMALL))
+    assert spent == 0 and torch.equal(weights(student), weights(base)) and "1e-09 nats" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+def together(folder: Path, ranks: int, port: int, given: list[str]):
+    folder.mkdir(exist_ok=True)
+    return [begin(folder, given, rank, ranks, port) for rank in range(ranks)]
+
+
+def test_two_processes_do_what_one_does_and_another_number_goes_on(tmp_path):
+    """Mistakes: a mean of means, a problem sampled twice, a process that is not told what another has found."""
+    for ranks in (1, 2):
+        for process in together(tmp_path / str(ranks), ranks, 29611 + ranks, arguments(run="one")):
+            process.join()
+            assert process.exitcode == 0
+    alone, shared = (json.loads((tmp_path / str(n) / "losses-0.json").read_text()) for n in (1, 2))
+    assert len(alone) == len(shared) == 36 and json.loads((tmp_path / "2" / "losses-1.json").read_text()) == shared
+    assert alone[:18] == pytest.approx(shared[:18], abs=1e-5)  # the first round, from the very same policy
+    rows = [[json.loads(line) for line in (tmp_path / str(n) / "runs/one/metrics.jsonl").read_text().splitlines()]
+            for n in (1, 2)]
+    for one, other in zip(*rows, strict=True):
+        assert one["policy"] == other["policy"] and abs(one["accuracy"] - other["accuracy"]) < 0.2
+
+    process, other = together(tmp_path / "3", 2, 29621, arguments(run="one"))
+    while not list((tmp_path / "3").glob("runs/one/round-1/unlearned*")) and process.is_alive():
+        time.sleep(0.01)
+    other.kill(), process.join()
+    assert process.exitcode == 1
+    assert (tmp_path / "3" / "stderr-0").read_text().splitlines()[-1].startswith("erpd.py: another process of this job")
+    (resumed,) = together(tmp_path / "3", 1, 29622, ["--resume", "runs/one"])
+    resumed.join()
+    assert resumed.exitcode == 0 and (tmp_path / "3" / "runs" / "one" / "policy").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------- soak
+
+def many_rounds(folder: Path, count: int) -> tuple[list[float], list[int], list[float]]:
+    """(MB of memory in use, bytes on disk without the stored batches, seconds) after each round of a small run."""
+    os.chdir(folder)
+    memory, disk, seconds, one, last = [], [], [], erpd.one_round, [time.monotonic()]
+
+    def measured(*a, **k):
+        student = one(*a, **k)
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        disk.append(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stem not in
+                        ("rollouts", "signal", "rows", "metrics")))
+        seconds.append(time.monotonic() - last[0])
+        last[0] = time.monotonic()
+        return student
+
+    erpd.one_round = measured
+    try:
+        assert erpd.main(arguments(run="soak", rounds=count, kl_budget=0.05, curve_samples=0)) == 0
+    finally:
+        erpd.one_round = one
+    return memory, disk, seconds
+
+
+def test_rounds_leave_nothing_behind(tmp_path, monkeypatch):
+    """Mistake: policies, optimizer states or graphs of earlier rounds that are kept."""
+    monkeypatch.chdir(tmp_path)
+    memory, disk, _ = many_rounds(tmp_path, 8)
+    assert len(disk) >= 6 and disk[-1] <= 1.02 * disk[2] and memory[-1] <= 1.1 * memory[2]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=0)
+    given = parser.parse_args()
+    for method in ("erpd", "grpo") if given.kills else ():
+        with tempfile.TemporaryDirectory() as scratch:
+            runs = killed_again_and_again(Path(scratch), method, given.kills)
+            print(f"{method}: {given.kills} kills over {runs} runs; each ended with the same metrics and weights")
+    if given.rounds:
+        home = os.getcwd()
+        with tempfile.TemporaryDirectory() as scratch:
+            used, written, took = many_rounds(Path(scratch), given.rounds)
+            os.chdir(home)
+        print(f"{len(used)} rounds. Memory after round 3: {used[2]:.1f} MB, at the end {used[-1]:.1f} MB "
+              f"({used[-1] / used[2] - 1:+.1%}). On disk {written[2] / 2**20:.2f}, {written[-1] / 2**20:.2f} MB. "
+              f"A round: {statistics.median(took[3:13]):.2f} s, the last ten {statistics.median(took[-10:]):.2f} s")
