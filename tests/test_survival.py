@@ -5,6 +5,8 @@
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
@@ -44,7 +46,7 @@ def started(folder: Path, given: list[str], rank: int = 0, ranks: int = 0, port:
     """In a process of its own: the command line, on one thread; one of several, as torchrun starts them, by `ranks`."""
     os.chdir(folder)
     torch.set_num_threads(1)
-    sys.stderr = open(f"stderr-{rank}", "w")
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"stderr-{rank}", "w")
     losses, update = [], erpd.optimise
     if ranks:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
@@ -287,7 +289,8 @@ def many_rounds(folder: Path, count: int) -> tuple[list[float], list[int], list[
 
     erpd.one_round = measured
     try:
-        assert erpd.main(arguments(run="soak", rounds=count, kl_budget=0.05, curve_samples=0)) == 0
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert erpd.main(arguments(run="soak", rounds=count, kl_budget=0.05, curve_samples=0)) == 0
     finally:
         erpd.one_round = one
     return memory, disk, seconds
