@@ -566,10 +566,7 @@ def gathered(values: list) -> list:
 
 def from_first(work: Callable):
     """What `work()` gives in the first process, in all of them."""
-    value = [None if rank() else work()]
-    if ranks() > 1:
-        dist.broadcast_object_list(value)
-    return value[0]
+    return gathered([None if rank() else work()])[0]
 
 
 def added_up(model, numbers: dict[str, Tensor]) -> dict:
