@@ -199,6 +199,8 @@ if __name__ == "__main__":  # what is wrong is told before torch and transformer
         problems_of(read_arguments()[0])
     except (InputError, OSError) as error:
         sys.exit(ended(error))
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
