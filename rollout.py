@@ -478,7 +478,8 @@ class Memory:
             print(f"{path} is damaged and is made again ({type(error).__name__})", file=sys.stderr)
             return None
         if of != self.of:
-            raise InputError(f"{path} is of a run with other settings or another version: start a new run with --run")
+            raise InputError(f"{path} is of a run with other settings or another version: start a new one with --run "
+                             "(figures/gsm8k.py: --folder)")
         return value
 
     def put(self, name: str, value) -> None:
@@ -518,7 +519,7 @@ class Memory:
         self.due = time.monotonic() + 20 * (time.monotonic() - began)
 
 
-# --------------------------------------- sampling without waiting for launches: decode's text, in steps of a fixed shape
+# ------------------------------------- sampling without waiting for launches: decode's text, in steps of a fixed shape
 
 def captured(step: Callable) -> Callable:
     """`step` as a CUDA graph: one launch for all of its operations."""
