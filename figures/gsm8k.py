@@ -65,7 +65,8 @@ class GradeSchool(Bench):
     def __post_init__(self):
         super().__post_init__()
         stage, config = self.stage, self.config
-        self.of_base = self.memory("base", config.model, config.data, stage.kept, stage.shortest, stage.passes, stage.lr)
+        self.of_base = self.memory("base", config.model, config.data, stage.kept, stage.shortest, stage.passes,
+                                   stage.lr)
         self.problems, self.held_out, self.others, self.of_base.get("done")  # what is wrong is said at once
 
     def memory(self, name: str, *of) -> rollout.Memory:
@@ -207,7 +208,7 @@ def draw(outcomes: list[Outcome], path: Path, names: tuple[str, str]) -> None:
                                   marker=marker, linestyle="none", elinewidth=0.8, capsize=2, label=label)
         rows = [row for outcome in outcomes for row in outcome.rows]
         axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
-        axes.set(xlim=(0, 1.1 * max(0.2, *(row[which + "kl"] for row in rows))), title=name,
+        axes.set(xlim=(0, 1.1 * max(0.2, *(row[which + "kl"] for row in rows))), title="/".join(Path(name).parts[-2:]),
                  ylim=(0, min(1.0, max(0.05, *(1.2 * row[which + "accuracy_interval"][1] for row in rows)))),
                  xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (root scale)")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
