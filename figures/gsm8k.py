@@ -64,13 +64,15 @@ class GradeSchool(Bench):
 
     def __post_init__(self):
         super().__post_init__()
-        stage, config = self.stage, self.config
-        self.of_base = self.memory("base", config.model, config.data, stage.kept, stage.shortest, stage.passes,
-                                   stage.lr)
-        self.problems, self.held_out, self.others, self.of_base.get("done")  # what is wrong is said at once
+        self.base_memory = self.memory("base", "model", "data", "kept", "shortest", "passes", "lr")
+        self.problems, self.held_out, self.others, self.base_memory.get("done")  # what is wrong is said at once
 
-    def memory(self, name: str, *of) -> rollout.Memory:
-        return rollout.Memory(self.folder.parent / f"{self.stage.name}-{name}", json.dumps(of or asdict(self.stage)))
+    def memory(self, name: str, *of: str) -> rollout.Memory:
+        """What is remembered under a name, of the settings that it depends on: all, unless they are named."""
+        settings = asdict(self.stage) | asdict(self.config) | {"config": None, "cuda_graph": None}
+        settings = {key: Path(value).name if isinstance(value, str) else value  # elsewhere the files are elsewhere
+                    for key, value in settings.items() if key in of or not of}
+        return rollout.Memory(self.folder.parent / f"{self.stage.name}-{name}", json.dumps(settings))
 
     def tests(self, source: str) -> list[Problem]:
         problems, few = load_problems(source, "test", divide=False), self.stage.shortest
@@ -101,7 +103,7 @@ class GradeSchool(Bench):
 
     @cached_property
     def policy(self):
-        memory, device = self.of_base, "cuda" if torch.cuda.is_available() else "cpu"
+        memory, device = self.base_memory, "cuda" if torch.cuda.is_available() else "cpu"
         if not memory.get("done"):
             model, tokenizer = rollout.load_policy(self.config.model, device)
             with rollout.autocast(self.config.precision, model.device):

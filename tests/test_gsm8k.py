@@ -81,6 +81,8 @@ def test_all_jobs_run_and_go_on_where_they_were_stopped(start, stop_in, tmp_path
     assert start(folder="at once") == 130
     assert (tmp_path / "at once" / "gsm8k.jsonl").read_text().splitlines() == lines[:3]  # base, two rounds
     assert start("--lr", "1e-5") == 2 and "other settings" in capsys.readouterr().err
+    moved = (tmp_path / "train.jsonl").rename(tmp_path / "at once" / "train.jsonl")
+    assert start("--train", str(moved)) == 0  # results and folder came from another machine
 
 
 def test_the_table_by_hand():
