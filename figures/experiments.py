@@ -161,7 +161,8 @@ class Bench:
     def measure(self, model, samples: int | None = None, **about) -> dict:
         """A row: the policy's accuracy and KL to the first base on fresh samples of its own, and `about` it."""
         numbers = rollout.evaluate(model, self.base, self.tokenizer, self.held_out,
-                                   samples or self.config.test_samples, seed=self.config.seed, **self.config.sampling)
+                                   samples or self.config.test_samples, seed=self.config.seed,
+                                   tokens_per_step=self.config.tokens_per_step, **self.config.sampling)
         if model is not self.base:
             numbers.pop("pass_rates")
         row = about | {name: [round(v, 5) for v in x] if isinstance(x, list) else round(x, 5)

@@ -98,7 +98,7 @@ def test_the_table_by_hand():
     outcome = Outcome([row("base", 0.5, 0.0, pass_rates=[0.5] * 4, samples=4), *path, row("sapo", 0.1, 9.0, lr=1),
                        row("clip + KL", 0.6, 5.0, kl_coef=0.2),
                        row("erpd rounds", 0.8, 4 * least, rollouts=8192, at=2)])
-    lines = {line[:32].strip(): line[32:].split() for line in gsm8k.table([outcome]).splitlines()[1:]}
+    lines = {line[:34].strip(): line[34:].split() for line in gsm8k.table([outcome]).splitlines()[1:]}
     interval, other = ["70.0%", "–", "90.0%"], ["25.0%", "20.0%", "–", "30.0%"]
     assert lines["cross-entropy, right completions"] == [
         "lr", "1,", "2", "3", "0", "80.0%", *interval, "–", f"{2 * least:.3f}", "0.50", *other]
