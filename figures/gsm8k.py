@@ -176,9 +176,9 @@ def told(outcome: Outcome, method: str) -> list[dict]:
 def table(outcomes: list[Outcome]) -> str:
     """A line a policy and seed. The best of a path is chosen on the test split itself, which flatters all methods but
     ERPD, whose every round is told."""
-    lines = [f"{'policy':34} {'path, and where on it':30} {'seed':>4} {'rollouts':>8} {'right':>6}  "
-             f"{'95 % interval':13} {'pass@8':>6} {'KL nats/completion':>18} {'KL efficiency':>13} {'other set':>9}  "
-             f"{'95 % interval':13}"]
+    lines = [(f"{'policy':34} {'path, and where on it':30} {'seed':>4} {'rollouts':>8} {'right':>6}  "
+              f"{'95 % interval':13} {'pass@8':>6} {'KL nats/completion':>18} {'KL efficiency':>13} {'other set':>9}  "
+              f"{'95 % interval':13}")]
     for method, (label, *_) in METHODS.items():
         for outcome in outcomes:
             for row in told(outcome, method):
