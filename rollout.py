@@ -530,8 +530,7 @@ def captured(step: Callable) -> Callable:
 
 
 class FixedLayer(StaticLayer):
-    """Keys and values of a layer [B, heads, L, d] that stay in their place, in the dtype in which attention reads them.
-    """
+    """Keys and values [B, heads, L, d] that stay in their place, in the dtype in which attention reads them."""
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         device = keys.device.type
@@ -562,8 +561,7 @@ def decode_in_graphs(model, prompts: Sequence[Sequence[int]], uniform: Tensor, t
     del begun, old
     seen = attention.bool()[:, None, None] & (columns < width)  # [B, 1, 1, L], as sdpa takes it
     row, going = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
-    tokens = torch.full((total, steps), pad_id, device=device)
-    log_probs = torch.zeros(total, steps, device=device)
+    tokens, log_probs = torch.full((total, steps), pad_id, device=device), torch.zeros(total, steps, device=device)
 
     def step() -> None:
         token, log_prob = kl.choose(logits, temperature, uniform[row, t])
