@@ -96,6 +96,7 @@ class Config:
 
     tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
     sample_rows: int = option(1024, "completions sampled side by side")
+    cuda_graph: int = option(0, "1: a sampled token is one launch; not yet measured on a GPU", zero=True)
     checkpointing: int = option(0, "1: layers run again in the backward pass: less memory, more time", zero=True)
     precision: str = option("auto", "fp32; bf16 (autocast over fp32 weights); auto: bf16 on CUDA")
 
@@ -133,7 +134,7 @@ class Config:
     @property
     def sampling(self) -> dict:
         return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "template": self.template,
-                "rows": self.sample_rows}
+                "rows": self.sample_rows, "cuda_graph": self.cuda_graph}
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -233,7 +234,8 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
         part = rollouts.select(rows)
         policy = completion_stats(model, part, config.temperature, with_entropy=True, reference=reference)
         # Their loss, with what else is known of them now beside the policy's numbers.
-        part, advantages = part.to(model.device), advantage[rows, :part.log_probs.shape[1]].to(model.device)
+        part, advantages = part.to(model.device), advantage[rows, :part.log_probs.shape[1]]
+        advantages = advantages.to(model.device, non_blocking=True)  # or the host would wait for the forward pass here
         loss, numbers = objective(policy, part, advantages, tokens, completions)
         # Gradients add up on the weights; what is shown adds up where it is, without waiting for the device.
         loss.backward()

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import kl
@@ -284,15 +285,19 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_tokens: int, temperature: float,
-           stop: Sequence[int], pad_id: int, seed: int, problems: Sequence[int] | None = None) -> Rollouts:
+           stop: Sequence[int], pad_id: int, seed: int, problems: Sequence[int] | None = None,
+           cuda_graph: int = 0) -> Rollouts:
     """`group` completions of every prompt (a list of ids): P·group rows, a prompt's side by side; rewards are NaN.
 
     The noise belongs to (problem, sample), by default the prompt's index: the same seed gives the same text in any
-    batch, up to rounding.
+    batch, up to rounding. With `cuda_graph` it is `decode_in_graphs` that samples.
     """
+    if cuda_graph and model.device.type != "cuda":
+        raise InputError(f"--cuda-graph {cuda_graph} needs a CUDA device, and the policy is on {model.device}")
     problems = range(len(prompts)) if problems is None else problems
     uniform = torch.cat([kl.noise(seed, problem, group, max_new_tokens) for problem in problems])
-    tokens, log_probs = decode(model, prompts, uniform.to(model.device), temperature, torch.tensor(stop), pad_id)
+    decoding = decode_in_graphs if cuda_graph else decode
+    tokens, log_probs = decoding(model, prompts, uniform.to(model.device), temperature, torch.tensor(stop), pad_id)
     if not log_probs.isfinite().all():
         raise InputError("the policy's logits are not finite: try --precision fp32, or a lower learning rate before")
     ends = torch.isin(tokens, torch.tensor(stop))
@@ -311,30 +316,12 @@ def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature
            pad_id: int) -> tuple[Tensor, Tensor]:
     """(tokens, their log-probs) [B, T] on the CPU, sampled with the noise `uniform` [B, T]; what follows a stop id is
     anything. The log-probs come from the very logits that were sampled.
-
-    Prompts are padded on the left, so that all sequences end in the same column, and run once; their keys and values
-    serve the whole group.
     """
     (total, steps), device = uniform.shape, model.device
-    prompt_length = torch.tensor([len(p) for p in prompts])
-    width = int(prompt_length.max())
-    left_padded = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    attention = torch.arange(width + steps) >= (width - prompt_length)[:, None]
-    position = torch.arange(width) - (width - prompt_length)[:, None]
-    attention, position, stop = attention.long().to(device), position.clamp(min=0).to(device), stop.to(device)
-    ragged = bool(prompt_length.min() < width)
-
-    def mask(columns: int) -> Tensor | None:  # where nothing is padded, none: transformers would wait to see that
-        return attention[:, :columns] if ragged else None
-
-    output = model(input_ids=left_padded, attention_mask=mask(width), position_ids=position, use_cache=True,
-                   logits_to_keep=1)
+    logits, attention, position, cache = prefill(model, prompts, total, steps, pad_id)
+    width, stop = attention.shape[1] - steps, stop.to(device)
+    ragged = len({len(p) for p in prompts}) > 1
     row = torch.arange(total, device=device)  # the samples that are still going
-    prompt_of = row // (total // len(prompts))
-    logits, attention, position = output.logits[prompt_of, -1], attention[prompt_of], position[prompt_of, -1:]
-    cache = output.past_key_values
-    cache.reorder_cache(prompt_of)
-
     tokens = torch.full((total, steps), pad_id, device=device)
     log_probs = torch.zeros(total, steps, device=device)
     going = torch.ones(total, dtype=torch.bool, device=device)
@@ -350,13 +337,34 @@ def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature
                 row, token, attention, position, going = (x[kept] for x in (row, token, attention, position, going))
                 cache.reorder_cache(kept)
         if t < steps - 1:
-            logits = model(input_ids=token[:, None], attention_mask=mask(width + t + 1), use_cache=True,
-                           position_ids=position + t + 1, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            seen = attention[:, :width + t + 1] if ragged else None  # with a mask, transformers waits to look into it
+            logits = model(input_ids=token[:, None], attention_mask=seen, use_cache=True, past_key_values=cache,
+                           position_ids=position + t + 1, logits_to_keep=1).logits[:, -1]
     return tokens.cpu(), log_probs.cpu()
 
 
+def prefill(model, prompts: Sequence[Sequence[int]], total: int, steps: int, pad_id: int):
+    """The prompts, run once, for `total` samples, as many of each: (logits of the first token [B, V], which columns of
+    prompt and `steps` tokens hold any [B, L], positions of the prompts' last tokens [B, 1], keys and values).
+
+    Prompts are padded on the left, so that all sequences end in the same column.
+    """
+    prompt_length = torch.tensor([len(p) for p in prompts])
+    width = int(prompt_length.max())
+    left_padded = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    attention = torch.arange(width + steps) >= (width - prompt_length)[:, None]
+    position = torch.arange(width) - (width - prompt_length)[:, None]
+    attention, position = attention.long().to(model.device), position.clamp(min=0).to(model.device)
+    seen = attention[:, :width] if prompt_length.min() < width else None
+    output = model(input_ids=left_padded, attention_mask=seen, position_ids=position, use_cache=True, logits_to_keep=1)
+    prompt_of = torch.arange(total, device=model.device) // (total // len(prompts))
+    output.past_key_values.reorder_cache(prompt_of)
+    return output.logits[prompt_of, -1], attention[prompt_of], position[prompt_of, -1:], output.past_key_values
+
+
 def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_new_tokens: int, temperature: float = 1.0,
-            template: str = "{question}", seed: int = 0, rows: int = 1024, desc: str = "sampling") -> Rollouts:
+            template: str = "{question}", seed: int = 0, rows: int = 1024, cuda_graph: int = 0,
+            desc: str = "sampling") -> Rollouts:
     """`group` completions of every problem, judged; `rows` completions are sampled at a time.
 
     Raises InputError where a prompt and its completion would not fit into the model's context.
@@ -378,7 +386,8 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
         for start in range(0, len(by_length), per_batch):
             chosen = by_length[start:start + per_batch]
             part = sample(model, [prompts[i] for i in chosen], group, max_new_tokens=max_new_tokens,
-                          temperature=temperature, stop=stop, pad_id=pad_id, seed=seed, problems=chosen)
+                          temperature=temperature, stop=stop, pad_id=pad_id, seed=seed, problems=chosen,
+                          cuda_graph=cuda_graph)
             part.rewards = torch.tensor([reward(text, problems[g].answer) for text, g in
                                          zip(completion_texts(tokenizer, part), part.groups.tolist())])
             parts.append(part)
@@ -481,7 +490,8 @@ class Memory:
             print(f"{path} is damaged and is made again ({type(error).__name__})", file=sys.stderr)
             return None
         if of != self.of:
-            raise InputError(f"{path} is of a run with other settings or another version: start a new run with --run")
+            raise InputError(f"{path} is of a run with other settings or another version: start a new one with --run "
+                             "(figures/gsm8k.py: --folder)")
         return value
 
     def put(self, name: str, value) -> None:
@@ -578,3 +588,74 @@ def added_up(model, numbers: dict[str, Tensor]) -> dict:
         dist.all_reduce(weight.grad)
     every = gathered([{name: float(number) for name, number in numbers.items()}])
     return {name: sum(part.get(name, 0.0) for part in every) for name in max(every, key=len)}
+
+
+# ------------------------------------- sampling without waiting for launches: decode's text, in steps of a fixed shape
+
+def captured(step: Callable) -> Callable:
+    """`step` as a CUDA graph: one launch for all of its operations."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+class FixedLayer(StaticLayer):
+    """Keys and values [B, heads, L, d] that stay in their place, in the dtype in which attention reads them."""
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        device = keys.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else keys.dtype
+        return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
+
+
+@torch.inference_mode()
+def decode_in_graphs(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float, stop: Tensor,
+                     pad_id: int, capture: Callable = captured) -> tuple[Tensor, Tensor]:
+    """What `decode` returns, by a step that `capture` makes a CUDA graph of: a GPU waits for the launches of a small
+    model longer than it computes. Whatever changes from step to step, even which one it is, lies in tensors that stay
+    in their place. Rows leave when half of them have ended, and the smaller step is captured anew.
+
+    Raises InputError for a model with another attention than sdpa, whose masks differ, and for one that remembers
+    something else than the keys and values of all tokens: a sliding window, a state.
+    """
+    (total, steps), device = uniform.shape, model.device
+    logits, attention, position, begun = prefill(model, prompts, total, steps, pad_id)
+    if model.config._attn_implementation != "sdpa" or any(type(layer) is not DynamicLayer for layer in begun.layers):
+        raise InputError(f"--cuda-graph 1 cannot sample from {type(model).__name__}: it needs sdpa attention to the "
+                         "keys and values of all tokens")
+    columns = torch.arange(attention.shape[1], device=device)
+    width, stop, t = len(columns) - steps, stop.to(device), torch.zeros(1, dtype=torch.long, device=device)
+    cache = Cache(layers=[FixedLayer(len(columns)) for _ in begun.layers])
+    for layer, old in zip(cache.layers, begun.layers):
+        layer.update(old.keys, old.values)
+    del begun, old
+    seen = attention.bool()[:, None, None] & (columns < width)  # [B, 1, 1, L], as sdpa takes it
+    row, going = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
+    tokens, log_probs = torch.full((total, steps), pad_id, device=device), torch.zeros(total, steps, device=device)
+
+    def step() -> None:
+        token, log_prob = kl.choose(logits, temperature, uniform[row, t])
+        tokens[row, t], log_probs[row, t] = token, log_prob
+        going.logical_and_((token[:, None] != stop).all(1))
+        seen.index_fill_(3, width + t, True)
+        logits.copy_(model(input_ids=token[:, None], attention_mask=seen, use_cache=True, past_key_values=cache,
+                           position_ids=position + t + 1, logits_to_keep=1).logits[:, -1])
+        t.add_(1)
+
+    run = None
+    for done in range(1, steps + 1):
+        if run is None:  # the first step of a shape prepares what may not be prepared in a capture
+            step()
+            run = capture(step)  # which runs nothing
+        else:
+            run()
+        if done % 16 == 0:
+            kept = going.nonzero()[:, 0]
+            if len(kept) == 0:
+                break
+            if len(kept) <= len(row) // 2:
+                run = None  # first, since it reads and writes what is given up here
+                row, logits, position, seen, going = (x[kept] for x in (row, logits, position, seen, going))
+                cache.reorder_cache(kept)
+    return tokens.cpu(), log_probs.cpu()

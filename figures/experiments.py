@@ -9,6 +9,7 @@ line each, and a job that has rows is not run again.
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -44,6 +45,7 @@ class Stage:
     nll_least: int = 512  # of cross-entropy, the strongest
     budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students' ladder, nats a completion; none: the round's
     everything: bool = True  # False: the frontier alone
+    all_weights: bool = True  # of the direct methods' checkpoints stay on disk; False: the most accurate one's
     shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets than the default's
 
     @property
@@ -159,7 +161,8 @@ class Bench:
     def measure(self, model, samples: int | None = None, **about) -> dict:
         """A row: the policy's accuracy and KL to the first base on fresh samples of its own, and `about` it."""
         numbers = rollout.evaluate(model, self.base, self.tokenizer, self.held_out,
-                                   samples or self.config.test_samples, seed=self.config.seed, **self.config.sampling)
+                                   samples or self.config.test_samples, seed=self.config.seed,
+                                   tokens_per_step=self.config.tokens_per_step, **self.config.sampling)
         if model is not self.base:
             numbers.pop("pass_rates")
         row = about | {name: [round(v, 5) for v in x] if isinstance(x, list) else round(x, 5)
@@ -178,20 +181,23 @@ class Bench:
         """A direct method, measured each time that its updates have doubled, until its accuracy has stopped rising.
 
         That is: after `least` updates or more it is not above the last checkpoint's 95 % interval. Its optimizer goes
-        on from one checkpoint to the next. The weights of all checkpoints stay on disk.
+        on from one checkpoint to the next.
         """
         config = replace(self.config, explore_lr=lr, kl_coef=kl_coef)
         least = self.stage.nll_least if loss == "nll" else self.stage.least
-        start, done, kept, last = erpd.trainable(self.base, lr), 0, {}, math.inf
+        start, done, kept, best, last = erpd.trainable(self.base, lr), 0, {}, -1.0, math.inf
         while done < self.stage.most:
             updates = done or self.stage.least // 16
             model = erpd.explore(self.base, *self.batch, config, loss=loss, updates=updates, seed=self.seed + done,
                                  start=start)
             done += updates
-            kept[done] = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
             row = self.measure(model, self.config.curve_samples, method=loss + (" + KL" if kl_coef else ""), at=done,
                                path=f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else ""), lr=lr, kl_coef=kl_coef,
                                fallen=self.fallen(model), rollouts=len(self.rollouts))
+            if self.stage.all_weights or row["accuracy"] > best:
+                kept = kept if self.stage.all_weights else {}
+                kept[done] = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+                best = row["accuracy"]
             if done >= least and row["accuracy"] <= last:
                 break
             last = row["accuracy_interval"][1]
@@ -201,7 +207,7 @@ class Bench:
         """The policy of a path after `at` updates. Its path is run again where its weights are gone."""
         path = self.folder / f"{loss}-{lr:g}-0.pt"
         if not path.exists():
-            Bench(self.stage, self.folder).until_it_stops(loss, lr)
+            type(self)(self.stage, self.folder).until_it_stops(loss, lr)
         return self.revive(torch.load(path, weights_only=True)[at])
 
     def revive(self, weights: dict):
@@ -209,8 +215,8 @@ class Bench:
         model.load_state_dict(weights)
         return model.requires_grad_(False)
 
-    def temperatures(self) -> None:
-        for temperature in (0.3, 0.7, 1.3):
+    def temperatures(self, *values: float) -> None:
+        for temperature in values:
             self.measure(Combined([self.base], [1 / temperature]), method="temperature", path="temperature",
                          at=temperature)
 
@@ -378,7 +384,8 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
                                              explore_lr=stage.rates[-1]),
                  "after grpo": bench.after_grpo, "teachers": bench.teachers, "crossed": bench.crossed,
                  "weights: mse": partial(bench.steps_back, "mse", "weights"),
-                 "logits: nll": partial(bench.steps_back, "nll", "logits"), "temperature": bench.temperatures}
+                 "logits: nll": partial(bench.steps_back, "nll", "logits"),
+                 "temperature": partial(bench.temperatures, 0.3, 0.7, 1.3)}
         plan |= {f"{loss} {lr:g} KL {c:g}": partial(bench.until_it_stops, loss, lr, c)
                  for lr in stage.rates for loss, c in (("sapo", 0.2), ("clip", 0.2), ("clip", 1.0))}
     plan |= {f"rounds, share {share:g}": partial(bench.rounds, f"rounds, share {share:g}", partial(round_with, share))
@@ -386,12 +393,17 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
     return plan
 
 
-def run_stage(stage: Stage, results: Path, folder: Path, told: Callable[[str], None] = lambda job: None) -> None:
-    """Run the missing jobs of a stage; their rows go to `results`."""
+def run_stage(stage: Stage, results: Path, folder: Path, told: Callable[[str], None] = lambda job: None, *,
+              at: type[Bench] = Bench, plan: Callable[[Bench], dict[str, Callable]] = jobs,
+              until: float = math.inf) -> None:
+    """Run the missing jobs of a stage's `plan`; their rows go to `results`. From time.monotonic() = `until` on, none
+    begins."""
     done = [row for row in measured(results) if row["stage"] == stage.name and row["seed"] == stage.config.seed]
-    bench = Bench(stage, folder / stage.key, list(done))
-    for name, work in jobs(bench).items():
+    bench = at(stage, folder / stage.key, list(done))
+    for name, work in plan(bench).items():
         if not any(row["job"] == name for row in done):
+            if time.monotonic() >= until:
+                return
             before = len(bench.rows)
             with rollout.autocast(stage.config.precision, bench.base.device):
                 work()

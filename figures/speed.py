@@ -105,25 +105,26 @@ def policy(folder: str, questions: list[str], group: int) -> tuple:
     """(model, prompts, stop ids, a function that samples so many new tokens)."""
     model, tokenizer = rollout.load_policy(folder, DEVICE)
     prompts, stop = [rollout.encode_prompt(tokenizer, q) for q in questions], rollout.stop_ids(model, tokenizer)
-    return model, prompts, stop, lambda new, stop=stop: rollout.sample(
-        model, prompts, group, max_new_tokens=new, temperature=1.0, stop=stop, pad_id=0, seed=0)
+    return model, prompts, stop, lambda new, stop=stop, **more: rollout.sample(
+        model, prompts, group, max_new_tokens=new, temperature=1.0, stop=stop, pad_id=0, seed=0, **more)
 
 
-def samplers(folder: str, questions: list[str], group: int, precision: torch.dtype) -> tuple[Callable, Callable]:
+def samplers(folder: str, questions: list[str], group: int, precision: torch.dtype, most: int = 64,
+             **more) -> tuple[Callable, Callable]:
     """`rollout.sample` and `generate`. Ends of sequences are tokens, what stands behind them is none."""
     model, prompts, stop, sample = policy(folder, questions, group)
     model.to(precision)
     prompts = [torch.tensor(prompt, device=DEVICE) for prompt in prompts]
     ids, attention = (pad_sequence(x, True, 0, "left") for x in (prompts, [torch.ones_like(p) for p in prompts]))
 
-    def theirs(new: int = 64) -> int:
+    def theirs(new: int = most) -> int:
         torch.manual_seed(0)
         rows = model.generate(ids, attention_mask=attention, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                               num_return_sequences=group, max_new_tokens=new, eos_token_id=stop, pad_token_id=stop[0])
         ends = torch.isin(rows[:, ids.shape[1]:], torch.tensor(stop, device=DEVICE)).long()
         return int((ends.cumsum(1) - ends == 0).sum())
 
-    return lambda new=64: int(sample(new).length.sum()), theirs
+    return lambda new=most: int(sample(new, **more).length.sum()), theirs
 
 
 def passes(model, batch: rollout.Rollouts, reference=None) -> tuple[Callable, Callable]:
@@ -200,6 +201,12 @@ ROWS = {
     "apart, SmolLM2": ("the same, 16 prompts × 1", LOGITS, 1.1, in_turn, training, SUMS, 1, False),
     "sampled, SmolLM2": ("the same, 2 × 8 as they are sampled", LOGITS, 1.1, in_turn, training, SUMS[:2], 8),
 }
+GRAPH = partial(samplers, cuda_graph=1)
+if DEVICE == "cuda":
+    ROWS |= {
+        "graph": ("sampling by a CUDA graph, embedded policy, 64 × 16", GENERATE, 3, in_turn, GRAPH, CHAINS, 16, FP32),
+        "graph, SmolLM2": ("sampling by a CUDA graph, SmolLM2-135M bf16, 64 × 16 of 256 tokens", GENERATE, 3, in_turn,
+                           GRAPH, SUMS * 4, 16, BF16, 256)}
 
 
 def draw(rows: list[dict], picture: Path) -> None:

@@ -245,11 +245,11 @@ def test_nothing_that_is_loaded_is_executed(tmp_path, monkeypatch, capsys):
 
 
 COMMAND = "__import__('os').system('touch executed')"
-HOSTILE = ["{question}", "{0}{1!r}{__class__}", "%s%n%(x)s", "../../etc/passwd", "$(touch executed)",
-           "`touch executed`", COMMAND, f"\\boxed{{{COMMAND}}}", "\\boxed{" * 5000, "\\boxed{9^{9^{9^{9}}}}", "\\frac" * 20_000,
+HOSTILE = ["{question}", "{0}{1!r}{__class__}", "%s%n%(x)s", "../../etc/passwd", "$(touch executed)", COMMAND,
+           f"\\boxed{{{COMMAND}}}", "\\boxed{" * 5000, "\\boxed{9^{9^{9^{9}}}}", "\\frac" * 20_000, "= " * 30_000,
            "\\boxed{" + "9" * 100_000 + "!}", "\\boxed{\\input{/etc/passwd}}", "\x00\x1b[2J\ud800", "<eos>" * 1000,
-           "(" * 50_000, "1e999999999", "#### " * 9999, "\\boxed{(((1+1)^{99})^{99})^{99}}",
-           "\\boxed{\\binom{99999999}{5}}", "= " * 30_000, "the answer is " * 5000]
+           "(" * 50_000, "1e999999999", "#### " * 9999, "\\boxed{(((1+1)^{99})^{99})^{99}}", "`touch executed`",
+           "\\boxed{\\binom{99999999}{5}}", "the answer is " * 5000]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

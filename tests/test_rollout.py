@@ -14,9 +14,11 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClas
 
 from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
-from rollout import (Memory, Rollouts, bootstrap_interval, by_tokens, collect, completion_stats, completion_texts,
-                     divergence, encode_prompt, evaluate, in_batches, load_policy, output_embedding, pass_at_k, sample,
-                     save_policy, score, stop_ids)
+from figures.experiments import Combined
+from figures.speed import counted
+from rollout import (Memory, Rollouts, bootstrap_interval, by_tokens, captured, collect, completion_stats,
+                     completion_texts, decode, decode_in_graphs, divergence, encode_prompt, evaluate, in_batches,
+                     load_policy, output_embedding, pass_at_k, sample, save_policy, score, stop_ids)
 
 PROMPTS = [[5, 3, 14, 4, 9, 13, 7], [4], [6, 13, 8, 14]]  # ragged
 
@@ -271,6 +273,71 @@ def test_cold_sampling_is_greedy_generate(model):
         greedy = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=25,
                                 eos_token_id=stop, pad_token_id=EOS)
         assert prompt + completion == greedy[0].tolist()
+
+
+def decoded(how, model, prompts, group=24, steps=40, **more):
+    """(tokens, log-probs) up to each row's end, 0 after it, at one noise."""
+    uniform = torch.rand(len(prompts) * group, steps, generator=torch.Generator().manual_seed(3)).to(model.device)
+    stop = torch.tensor([EOS, 8])
+    tokens, log_probs = how(model, prompts, uniform, 0.9, stop, EOS, **more)
+    inside = (torch.isin(tokens, stop).cumsum(1) - torch.isin(tokens, stop).int()) == 0
+    return tokens * inside, log_probs * inside
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 3], [4, 9]]], ids=["ragged", "alike"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "phi", "cohere", "granite", "combined"])
+def test_steps_of_fixed_shape_sample_the_same(make_model, name, prompts):
+    """Mistake: a token that sees columns not yet written or padding, a position or column out of step, rows mixed up
+    where half of them leave. And in what is to be captured: any wait of the host, or a shape that changes."""
+    model = Combined([make_model("qwen3"), make_model("qwen3", 1)], [0.4, 0.6]) if name == "combined" else \
+        make_model(name)
+    waits, operations, shapes = [], [], []
+
+    def watched(step):
+        shapes.append(len(operations))
+
+        def run():
+            work, waited = counted(step)
+            operations.append(work), waits.append(waited)
+        return run
+
+    fixed, plain = (decoded(how, model, prompts, **more)
+                    for how, more in ((decode_in_graphs, {"capture": watched}), (decode, {})))
+    assert torch.equal(fixed[0], plain[0])
+    assert_close(fixed[1], plain[1], atol=1e-4, rtol=0)
+    assert len(shapes) > 1 and not any(waits) and len(set(operations)) == 1
+
+
+def test_steps_of_fixed_shape_under_autocast(make_model):
+    """Mistake: a cache in the dtype of the keys, where autocast makes values of another."""
+    model = make_model("qwen3")
+    with torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False):
+        fixed, plain = (decoded(how, model, PROMPTS, steps=12, **more)
+                        for how, more in ((decode_in_graphs, {"capture": lambda step: step}), (decode, {})))
+    alike = (fixed[0] == plain[0]).cumprod(1).bool()  # products in bf16 are rounded by their shapes
+    assert alike.float().mean() > 0.9
+    assert (fixed[1] - plain[1])[alike].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["gemma2", "lfm2"])
+def test_what_has_no_fixed_shape_is_refused(make_model, name):
+    """Mistake: a sliding window, or a state, sampled from as if all tokens were seen. Or a silent fall back."""
+    with pytest.raises(InputError, match="--cuda-graph"):
+        decoded(decode_in_graphs, make_model(name), PROMPTS, capture=lambda step: step)
+    with pytest.raises(InputError, match="CUDA device"):
+        sample(make_model(name).cpu(), PROMPTS, 2, max_new_tokens=4, temperature=1.0, stop=[EOS], pad_id=EOS, seed=0,
+               cuda_graph=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_captured_steps_sample_the_same(make_model, name):
+    """Mistake: anything in a step that a CUDA graph replays as it was at its capture."""
+    model = make_model(name)
+    fixed, plain = (decoded(how, model, PROMPTS, **more)
+                    for how, more in ((decode_in_graphs, {"capture": captured}), (decode, {})))
+    assert torch.equal(fixed[0], plain[0])
+    assert_close(fixed[1], plain[1], atol=1e-3, rtol=0)
 
 
 def test_ids_are_never_encoded_again(make_bigram, tokenizer):

@@ -1,0 +1,298 @@
+"""GSM8K with a small language model: ERPD and its opponents where right completions are rare.
+
+    python figures/gsm8k.py --model HuggingFaceTB/SmolLM2-135M-Instruct --minutes 20     # again and again, to its end
+    python figures/gsm8k.py --model path/to/SmolLM2-135M-Instruct --quick                # 4 problems, on a CPU
+
+The base is the model after cross-entropy on the worked solutions of the training split but its last 1,500. The problems
+of these are for all methods. Every policy is measured on the test split and, untrained for, on SVAMP's.
+
+A job that has rows is not run again; fine-tuning and ERPD's rounds go on from their last pass. So it can be stopped at
+any moment and go on elsewhere, with --results and --folder as they are. The table and picture are of what is there.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch.nn.utils.rnn import pad_sequence
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import erpd  # noqa: E402
+import rollout  # noqa: E402
+from figures.claims_figures import BLACK, GREEN, LOOKS, PINK, SKY  # noqa: E402
+from figures.experiments import Bench, Stage, measured, run_stage  # noqa: E402
+from figures.outcomes import Outcome  # noqa: E402
+from rewards import InputError, Problem, load_problems, load_rows, reward, row_problem  # noqa: E402
+
+ROUNDS, TIMES = 2, 4  # rounds of ERPD; rounds whose rollouts the longer GRPO takes
+GREEDY = 1e-3  # a temperature at which the likeliest token has all of the probability
+METHODS = {"base": ("the base", BLACK, "o"), "temperature": ("the base at a temperature", PINK, "*"),
+           "erpd rounds": ("ERPD's rounds", *LOOKS["erpd"][:2]),
+           "control": ("Â in place of δ_t", *LOOKS["control"][:2]),
+           "nll": ("cross-entropy, right completions", *LOOKS["nll"][:2]),
+           "weights: nll": ("its weights moved back", *LOOKS["weights: nll"][:2]),
+           "sapo": ("SAPO", *LOOKS["sapo"][:2]), "clip + KL 0.2": ("clip, KL penalty 0.2", GREEN, "s"),
+           "grpo": ("on-policy GRPO, a round's rollouts", SKY, "<"),
+           f"grpo {TIMES}×": (f"on-policy GRPO, {TIMES} rounds'", SKY, "h")}
+
+
+@dataclass(frozen=True)
+class Benchmark(Stage):
+    """`config.model` is fine-tuned on `config.data` first."""
+
+    other: str = ""  # a set to measure on besides
+    kept: int | None = 1500  # of the training problems, the last, are not the base's; none: methods have the base's own
+    shortest: int | None = None  # of each set only so many, the shortest; none: all
+    passes: int = 3  # of fine-tuning
+    lr: float = 1e-4  # its learning rate
+
+
+class GradeSchool(Bench):
+    """A Benchmark at work. The base is fine-tuned where it is first asked for, and is that of all seeds."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.base_memory = self.memory("base", "model", "data", "kept", "shortest", "passes", "lr")
+        self.problems, self.held_out, self.others, self.base_memory.get("done")  # what is wrong is said at once
+
+    def memory(self, name: str, *of: str) -> rollout.Memory:
+        """What is remembered under a name, of the settings that it depends on: all, unless they are named."""
+        settings = asdict(self.stage) | asdict(self.config) | {"config": None, "cuda_graph": None}
+        settings = {key: Path(value).name if isinstance(value, str) else value  # elsewhere the files are elsewhere
+                    for key, value in settings.items() if key in of or not of}
+        return rollout.Memory(self.folder.parent / f"{self.stage.name}-{name}", json.dumps(settings))
+
+    def tests(self, source: str) -> list[Problem]:
+        problems, few = load_problems(source, "test", divide=False), self.stage.shortest
+        return sorted(problems, key=lambda p: len(p.question))[:few] if few else problems
+
+    held_out = cached_property(lambda self: self.tests(self.config.test_data))
+    others = cached_property(lambda self: self.tests(self.stage.other))
+
+    @cached_property
+    def solutions(self) -> list[tuple[Problem, str]]:
+        """The training problems, and what the base shall write: no notes for a calculator, and an answer to be read."""
+        found = []
+        for n, row in enumerate(load_rows(self.config.data, "train")[0], 1):
+            problem, solution = row_problem(row, f"{self.config.data}, problem {n}", None, None), str(row.get("answer"))
+            found.append((problem, re.sub(r"<<.*?>>", "", solution)))
+            if not reward(found[-1][1], problem.answer):
+                raise InputError(f"{self.config.data}, problem {n}: no answer can be read at the end of its solution")
+        few = self.stage.shortest
+        return sorted(found, key=lambda both: len(both[0].question + both[1]))[:few] if few else found
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        some, needed = [problem for problem, _ in self.solutions[-(self.stage.kept or 0):]], self.config.problems
+        if len(some) < ROUNDS * needed:
+            raise InputError(f"{self.config.data}: {ROUNDS} rounds take {ROUNDS * needed} problems; it has {len(some)}")
+        random.Random(self.config.seed).shuffle(some)
+        return (some * TIMES)[:TIMES * needed]
+
+    @cached_property
+    def policy(self):
+        memory, device = self.base_memory, "cuda" if torch.cuda.is_available() else "cpu"
+        if not memory.get("done"):
+            model, tokenizer = rollout.load_policy(self.config.model, device)
+            with rollout.autocast(self.config.precision, model.device):
+                model = self.fine_tuned(model, tokenizer, memory)
+            rollout.save_policy(model.bfloat16(), tokenizer, memory.folder)  # half the size, to travel
+            memory.put("done", True)
+            memory.put("state", None)
+        base, tokenizer = rollout.load_policy(str(memory.folder), device)
+        return base.requires_grad_(False), tokenizer
+
+    def fine_tuned(self, model, tokenizer, memory: rollout.Memory):
+        """The model after cross-entropy on the worked solutions: they stand in a batch as if it had sampled them."""
+        stage, end = self.stage, rollout.stop_ids(model, tokenizer)[-1:]  # sampling ends at any of them
+        texts = [(rollout.encode_prompt(tokenizer, problem.question, self.config.template),
+                  tokenizer.encode(solution, add_special_tokens=False) + end)
+                 for problem, solution in self.solutions[:stage.kept and -stage.kept]]
+        begun, length = (torch.tensor([len(part) for part in column]) for column in zip(*texts))
+        rows, right = [torch.tensor(prompt + solution) for prompt, solution in texts], torch.ones(len(texts))
+        batch = rollout.Rollouts(pad_sequence(rows, batch_first=True), begun, length,
+                                 torch.zeros(len(rows), int(length.max())), right, torch.arange(len(rows)))
+        batch.log_probs = self.score(model, batch)
+        config = replace(self.config, explore_lr=stage.lr, explore_batch=32)
+        return erpd.explore(model, batch, right, config, loss="nll", updates=stage.passes * -(-len(rows) // 32),
+                            desc="fine-tuning", memory=memory)
+
+    @cached_property
+    def batch(self):
+        return erpd.stored_batch(self.base, self.tokenizer, self.problems[:self.config.problems], self.config,
+                                 self.seed, self.memory(f"round-{self.seed}"))
+
+    def round(self, *args, seed: int, **more):
+        """A round of ERPD that goes on where it was stopped."""
+        memory = self.memory(f"round-{seed}")
+        student = erpd.one_round(*args, seed=seed, memory=memory, **more)
+        memory.put("state", None)
+        return student
+
+    def measure(self, model, samples: int | None = None, **about) -> dict:
+        there = rollout.evaluate(model, self.base, self.tokenizer, self.others, self.config.curve_samples,
+                                 seed=self.config.seed, tokens_per_step=self.config.tokens_per_step,
+                                 **self.config.sampling)
+        about |= {f"other_{name}": there[name] for name in ("accuracy", "accuracy_interval", "kl")}
+        return super().measure(model, samples, **about)
+
+
+def jobs(bench: GradeSchool, everything: bool) -> dict[str, Callable]:
+    """Base, ERPD and cross-entropy; then everything. The most important first."""
+    config, rates = bench.config, bench.stage.rates
+    plan = {"base": lambda: bench.measure(bench.base, config.limit_samples, method="base", path="base", at=0),
+            "erpd": partial(bench.rounds, "erpd rounds", bench.round, count=ROUNDS)}
+    plan |= {f"nll {lr:g}": partial(bench.until_it_stops, "nll", lr) for lr in rates}
+    plan |= {"weights: nll": partial(bench.steps_back, "nll", "weights")}
+    if everything:
+        plan |= {f"sapo {lr:g}": partial(bench.until_it_stops, "sapo", lr) for lr in rates}
+        plan |= {f"clip {lr:g} KL 0.2": partial(bench.until_it_stops, "clip", lr, 0.2) for lr in rates}
+        plan |= {"control": partial(bench.ladder, "control", "control")}
+        plan |= {f"grpo {times}× {lr:g}": partial(bench.grpo, lr, times) for times in (1, TIMES) for lr in rates}
+        plan |= {"temperature": partial(bench.temperatures, 0.7, GREEDY)}
+    return plan
+
+
+# -------------------------------------------------------------------------------------------- the table and the picture
+
+def told(outcome: Outcome, method: str) -> list[dict]:
+    """A method's rows for the table; of its paths over learning rates and updates only the most accurate policy."""
+    rows = outcome.of(method)
+    return [max(rows, key=lambda row: (row["accuracy"], row["at"]))] if rows and "lr" in rows[0] else rows
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """A line a policy and seed. The best of a path is chosen on the test split itself, which flatters all methods but
+    ERPD, whose every round is told."""
+    lines = [(f"{'policy':34} {'path, and where on it':30} {'seed':>4} {'rollouts':>8} {'right':>6}  "
+              f"{'95 % interval':13} {'pass@8':>6} {'KL nats/completion':>18} {'KL efficiency':>13} {'other set':>9}  "
+              f"{'95 % interval':13}")]
+    for method, (label, *_) in METHODS.items():
+        for outcome in outcomes:
+            for row in told(outcome, method):
+                intervals = [f"{low:5.1%} – {high:5.1%}" for low, high in
+                             (row["accuracy_interval"], row["other_accuracy_interval"])]
+                solved = f"{row['pass']:.1%}" if row["samples"] >= 8 else "–"
+                worth = f"{outcome.worth(row):.2f}" if row["kl"] and row["accuracy"] > outcome.base else "–"
+                path = f"{row['path']}, {row['at']:g}"
+                lines.append(f"{label:34} {path:30} {row['seed']:4} {row.get('rollouts', 0):8,} "
+                             f"{row['accuracy']:6.1%}  {intervals[0]:13} {solved:>6} {row['kl']:18.3f} {worth:>13} "
+                             f"{row['other_accuracy']:9.1%}  {intervals[1]:13}")
+    return "\n".join(lines)
+
+
+def draw(outcomes: list[Outcome], path: Path, names: tuple[str, str]) -> None:
+    """Accuracy against KL on both sets: all ways, thin; what the table tells, large, with its interval; the limits."""
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    for axes, which, name in zip(figure.subplots(1, 2), ("", "other_"), names):
+        for k, outcome in enumerate(outcomes):
+            if not which:
+                axes.plot(*outcome.limit[::-1], color=BLACK, linewidth=1.2, linestyle=(0, (4, 2)),
+                          label=None if k else "the limit: no policy can be to the left")
+            for method, (label, colour, marker) in METHODS.items():
+                for way in outcome.paths(method):
+                    way = [outcome.one("base"), *way]
+                    axes.plot([row[which + "kl"] for row in way], [row[which + "accuracy"] for row in way],
+                              color=colour, linewidth=2 if method == "erpd rounds" else 0.7, alpha=0.7)
+                for row in told(outcome, method):
+                    y, (low, high) = row[which + "accuracy"], row[which + "accuracy_interval"]
+                    axes.errorbar(row[which + "kl"], y, [[max(0.0, y - low)], [max(0.0, high - y)]], color=colour,
+                                  marker=marker, linestyle="none", elinewidth=0.8, capsize=2, label=label)
+        rows = [row for outcome in outcomes for row in outcome.rows]
+        axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
+        axes.set(xlim=(0, 1.1 * max(0.2, *(row[which + "kl"] for row in rows))), title="/".join(Path(name).parts[-2:]),
+                 ylim=(0, min(1.0, max(0.05, *(1.2 * row[which + "accuracy_interval"][1] for row in rows)))),
+                 xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (root scale)")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    once = dict(zip(labels, handles))  # of all seeds and rows
+    figure.axes[0].legend(once.values(), once.keys(), frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel("right completions")
+    figure.savefig(path, dpi=150)
+
+
+def report(results: Path, stage: str, picture: Path, names: tuple[str, str]) -> None:
+    """Print the table and draw the picture of all seeds whose base is measured."""
+    rows = [row for row in measured(results) if row["stage"] == stage]
+    seeds = sorted({row["seed"] for row in rows if row["method"] == "base"})
+    if seeds:
+        outcomes = [Outcome([row for row in rows if row["seed"] == seed]) for seed in seeds]
+        print(table(outcomes))
+        draw(outcomes, picture, names)
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+def stages(arguments) -> list[Benchmark]:
+    """The benchmark by seed: as a GPU with 80 GB does it, or what a CPU does in minutes."""
+    sizes = {"problems": 512, "max_new_tokens": 256, "curve_samples": 4, "limit_samples": 64, "explore_lr": 1e-5,
+             "explore_batch": 256, "explore_updates": 256, "distill_lr": 5e-5, "tokens_per_step": 16384,
+             "sample_rows": 2048, "model": arguments.model, "data": arguments.train, "test_data": arguments.test,
+             "cuda_graph": arguments.cuda_graph}
+    more = {"rates": (1e-5, 3e-5), "least": 64, "nll_least": 128, "most": 1024, "other": arguments.other,
+            "passes": arguments.passes, "lr": arguments.lr}
+    if arguments.quick:
+        sizes |= {"problems": 2, "group": 8, "max_new_tokens": 72, "test_samples": 2, "curve_samples": 1,
+                  "limit_samples": 8, "explore_batch": 16, "explore_updates": 2, "unlearn_updates": 1,
+                  "distill_updates": 2}
+        more |= {"rates": (3e-5,), "least": 16, "nll_least": 2, "most": 2, "shortest": 2 * ROUNDS, "kept": None}
+    return [Benchmark("quick" if arguments.quick else "GSM8K", erpd.Config(**sizes, seed=seed), budgets=(),
+                      everything=False, all_weights=False, **more) for seed in range(arguments.seeds)]
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gsm8k.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"gsm8k.py: {message} (--help lists every option)\n")
+    parser.add_argument("--model", required=True, help="folder or hub name of SmolLM2-135M-Instruct, or of another")
+    parser.add_argument("--train", default="gsm8k", help="worked solutions: gsm8k (from the hub), a hub id or a file")
+    parser.add_argument("--test", default="gsm8k", help="the problems to measure on, likewise")
+    parser.add_argument("--other", default="ChilleD/SVAMP", help="a second set to measure on, likewise")
+    parser.add_argument("--results", type=Path, help="JSON lines, with the picture beside them "
+                        "[figures/results/gsm8k.jsonl and figures/gsm8k.png; --quick: in --folder]")
+    parser.add_argument("--folder", type=Path, default=Path("runs/gsm8k"), help="weights and stored batches")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no job begins after these; 0: only a report")
+    parser.add_argument("--seeds", type=int, default=2, help="of sampling and training")
+    parser.add_argument("--passes", type=int, default=3, help="of fine-tuning")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of fine-tuning")
+    parser.add_argument("--cuda-graph", type=int, default=0, help="as erpd.py's")
+    parser.add_argument("--quick", action="store_true", help="a trial, whose numbers say nothing: the 4 shortest "
+                        "problems, on which the base is fine-tuned too, since it would solve none")
+    arguments = parser.parse_args(given)
+    if min(arguments.seeds, arguments.passes, arguments.lr) <= 0 or not arguments.minutes >= 0:
+        parser.error("--seeds, --passes and --lr must be above 0, and --minutes not below")
+    until, folder = time.monotonic() + 60 * arguments.minutes, arguments.folder
+    published = not (arguments.quick or arguments.results)
+    results = HERE / "results" / "gsm8k.jsonl" if published else arguments.results or folder / "gsm8k.jsonl"
+    try:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        for everything in (False, True):  # of all seeds the most important first
+            for stage in stages(arguments):
+                if time.monotonic() < until:
+                    run_stage(stage, results, folder, partial(print, stage.key, file=sys.stderr), at=GradeSchool,
+                              plan=partial(jobs, everything=everything), until=until)
+        report(results, stage.name, HERE / "gsm8k.png" if published else results.with_suffix(".png"),
+               (arguments.test, arguments.other))
+    except FloatingPointError as error:
+        parser.exit(2, f"gsm8k.py: {error.args[0]} stopped, its loss is no longer finite: lower its learning rate\n")
+    except (InputError, OSError) as error:
+        parser.exit(2, f"gsm8k.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "gsm8k.py: stopped; the same command goes on\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
