@@ -477,7 +477,7 @@ class Memory:
 
     def get(self, name: str):
         """What was put there, tensors on the CPU; None where there is nothing. Raises InputError."""
-        return from_first(lambda: self.read(name))
+        return gathered([None if rank() else self.read(name)])[0]
 
     def read(self, name: str):
         if self.folder is None or not (path := self.folder / f"{name}.pt").exists():
@@ -561,22 +561,12 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def lost(error: RuntimeError) -> bool:
-    """Whether it says that another process has ended."""
-    return ranks() > 1 and (isinstance(error, dist.DistError) or "peer" in str(error))
-
-
 def gathered(values: list) -> list:
     """The values of all processes, one after the other; tensors on the CPU."""
     every = [values] * ranks()
     if ranks() > 1:
         dist.all_gather_object(every, values)
     return [value for part in every for value in part]
-
-
-def from_first(work: Callable):
-    """What `work()` gives in the first process, in all of them."""
-    return gathered([None if rank() else work()])[0]
 
 
 def added_up(model, numbers: dict[str, Tensor]) -> dict:
