@@ -16,7 +16,6 @@ import random
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -39,8 +38,7 @@ FIELDS = {"question": ("question", "problem", "prompt", "query", "instruction", 
           "answer": ("answer", "final_answer", "expected_answer", "ground_truth", "target", "solution", "output")}
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """`question` as it is put to the model; `answer` is the gold text, taken out of `#### n` or \\boxed{}."""
     question: str
     answer: str
@@ -61,8 +59,7 @@ def chain_problems(count: int, split: str, operands: int = 4, seed: int = 0) -> 
     room = 90 ** max(operands, 0) // 8  # half of the test quarter: drawing at random stays quick
     if operands < 1 or not 1 <= count <= room:
         raise InputError(f"cannot make {count} chains of {operands} operands: there is room for 1 to {room}")
-    rng = random.Random(f"chain {split} {operands} {seed}")
-    problems = {}
+    rng, problems = random.Random(f"chain {split} {operands} {seed}"), {}
     while len(problems) < count:
         numbers = [rng.randint(10, 99) for _ in range(operands)]
         question = "+".join(map(str, numbers)) + "="
@@ -74,13 +71,12 @@ def chain_problems(count: int, split: str, operands: int = 4, seed: int = 0) -> 
 def load_problems(source: str, split: str, count: int | None = None, seed: int = 0, operands: int = 4,
                   question_field: str | None = None, answer_field: str | None = None,
                   divide: bool = True) -> list[Problem]:
-    """Problems of `split` ("train", "test", or "all" of a data set): a list of Problem.
+    """Problems of `split` ("train", "test", or "all" of a data set).
 
     source: "chain"; a short name (SHORT_NAMES); a .jsonl or .parquet file; or a hub id, "owner/name[:config]".
     count: None takes all in order (not of "chain"); a number takes a random sample without replacement, by `seed`.
     operands: terms of a sum, for "chain" only.
     question_field, answer_field: found by name if not given (SVAMP's Body and Question are joined).
-
     A file, or a data set published in one split (math500, aime24, aime25, polaris), is divided by chain_split of the
     question's text, so that train and test never overlap; "all" is the whole, and so is either split without `divide`.
     Raises InputError for what is unknown, missing, broken or too few, and for a gold answer that cannot be read.
@@ -91,8 +87,7 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
         return chain_problems(count, split, operands, seed)
     if split not in ("train", "test", "all"):
         raise InputError(f"unknown split {split!r}: use train, test or all")
-    rows, divided = load_rows(source, split)
-    problems = {}
+    (rows, divided), problems = load_rows(source, split), {}
     for n, row in enumerate(rows, start=1):
         problem = row_problem(row, f"{source}, problem {n}", question_field, answer_field)
         if divided or not divide or split in ("all", chain_split(problem.question)):
@@ -149,8 +144,7 @@ def read_jsonl(path: str) -> list[dict]:
 
 def row_problem(row: dict, where: str, question_field: str | None, answer_field: str | None) -> Problem:
     """The Problem in a row; `where` names the row in errors."""
-    names = {name.lower(): name for name in row}
-    values = []
+    names, values = {name.lower(): name for name in row}, []
     for part, named in (("question", question_field), ("answer", answer_field)):
         field = named or next((names[name] for name in FIELDS[part] if name in names), None)
         if field not in row:
@@ -162,10 +156,8 @@ def row_problem(row: dict, where: str, question_field: str | None, answer_field:
     if "body" in names and not question_field:
         body = str(row[names["body"]]).strip()
         question = f"{body}{'' if body[-1:] in '.!?,' else ','} {question}"  # a third of them break off in "if …"
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0]
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
+    answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
     gold = "" if answer is None else str(answer).rpartition("####")[2].strip()
     return Problem(question, last_box(gold) or gold)
 
@@ -202,8 +194,6 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
     return centred.masked_fill(equal, 0.0).to(rewards.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-#
 # The reader of maths. The algorithm needs nothing below: only `extract_answer` and `is_correct`, which `reward` calls.
 
 # -------------------------------------------------------------- extracting: from a completion to the text of its answer
@@ -227,10 +217,8 @@ UNSAID = re.compile(  # what makes the formula after it a part of what is said, 
 def extract_answer(text: str) -> str | None:
     """The answer that a completion states in its last 10,000 characters, as text, or None.
 
-    In this order: the last balanced \\boxed{…} or \\fbox{…}; the last `#### …`; the last "the answer is …" or
-    "Answer: …"; the formula that ends the last line. Where a text is ambiguous:
-    - The last box counts, whatever follows it, and however many there are: models correct themselves, and as only one
-      is judged, nothing is gained by boxing several guesses.
+    In this order: the last balanced \\boxed{…} or \\fbox{…}, whatever follows; the last `#### …`; the last "the answer
+    is …" or "Answer: …"; the formula that ends the last line. Where a text is ambiguous:
     - An unclosed box and all after it is ignored, an earlier one counts: `\\boxed{1` may have been on its way to 12.
     - An empty box is no box: prompts, and completions that repeat them, contain `\\boxed{}`.
     - A statement is taken whole, to the end of its sentence or to a reason ("because …"): no part of "5 or 7" is the
@@ -270,7 +258,7 @@ def stated(line: str, said: bool) -> str | None:
     for start in [0, *starts[-12:]]:
         word = line[:start].lower().rstrip(" ,:").rpartition(" ")[2]
         free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS - {"to", "of"}
-        if (start == 0 or free and not UNSAID.search(line[:start])) and read(line[start:]).kind not in ("text", "unreadable"):
+        if (start == 0 or free and not UNSAID.search(line[:start])) and read(line[start:]).kind not in UNKNOWN:
             return line[start:]
     return line if line and said else words if words.isalpha() else None
 
@@ -280,6 +268,7 @@ def stated(line: str, said: bool) -> str | None:
 # What is not understood to its last character is text, equal to its own words alone. No text can cost much: its length,
 # the depth of nesting, the items to match in any order and the size of exact numbers are limited.
 MAX_LENGTH, MAX_DEPTH, MAX_ITEMS = 500, 24, 32  # characters; brackets, fractions, … in one another; items of a set
+UNKNOWN = ("text", "unreadable")
 
 
 class Node(NamedTuple):
@@ -307,12 +296,12 @@ COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only c
 WORDS = invert({
     "π": "pi", "∞": "infinity inf", "°": "degrees degree", "%": "percent", ",": "or and", "∪": "union", "/": "per"})
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-UNITS = invert({  # without the s of the plural
-    "cm": "cm centimeter centimetre", "mm": "mm millimeter", "m": "m meter metre", "km": "km kilometer kilometre",
-    "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "g": "g gram", "kg": "kg kilogram",
-    "mg": "mg", "lb": "lb pound", "oz": "oz ounce", "L": "L liter litre", "mL": "mL ml milliliter", "h": "h hour hr",
-    "min": "min minute", "s": "s second sec", "Hz": "Hz hertz", "dollar": "dollar USD", "mi/h": "mph"})
-UNITS |= dict(zip("NJWVKACTF", "NJWVKACTF"))
+UNITS = {name: unit for unit, names in {  # without the s of the plural
+    "cm": "centimeter centimetre", "mm": "millimeter", "m": "meter metre", "km": "kilometer kilometre", "mi": "mile",
+    "in": "inch inche", "ft": "foot feet", "yd": "yard", "g": "gram", "kg": "kilogram", "mg": "", "lb": "pound",
+    "oz": "ounce", "L": "liter litre", "mL": "ml milliliter", "h": "hour hr", "min": "minute", "s": "second sec",
+    "Hz": "hertz", "dollar": "USD", "mi/h": "mph", **dict.fromkeys("NJWVKACTF", "")}.items()
+    for name in (unit, *names.split())}
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
 MODIFIERS = set((
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
@@ -328,22 +317,18 @@ CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "⟨"
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # of LaTeX into signs and "words
     (r"(?:\\\$|(?<![^-])\$(?=[^$]*$))\s*([\d.,\\!]*\d)(?![\d.,\\!]*\s*(?:\w|\\[a-z]))", r" \1 \\text{dollar} "),
     (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "),  # what stands around maths
-    (r"^ ?\*\*([^*]+)\*\*", r"\1 "),
-    (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
+    (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
     (r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![^(\[]*[)\]])(?!\d)", lambda number: number[0].replace(",", "")),
-    # A quotation mark before each word of \text{…}, unless there are numbers: {5 or 7} is no 5 with a unit.
-    (r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|mathrm|operatorname)\s*\{([^{}\d]*)\}",
-     lambda text: re.sub(r"[\\*]?([A-Za-z]+)", r' "\1', f" {text[1]} ")),
-    (r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|mathrm|operatorname)\s*\{(?:([^{}\d]*)|([^{}]*))\}",
+     lambda text: re.sub(r"[\\*]?([A-Za-z]+)", r' "\1', f" {text[1] or ''} ") + f"{text[2] or ''} "),  # {5 or 7} is no 5
     (r"(?:\b[mM]\s*)?\\(?:angle|triangle|over\w+)\s*(?:\{([A-Z]{1,4})\}|(?=[A-Z]{1,4}\b))", r" \1 "),
     (r"\\begin\s*\{(?:[a-z]*matrix\}|array\}\s*\{[^{}]*\})", "⟦⟨"), ("[&;]", ","),
     (r"(?:\\\\)?\s*\\end\s*\{(?:[a-z]*matrix|array)\}", "⟩⟧"), (r"\\\\", "⟩,⟨"),
     (r"\\([A-Za-z]+|[^{}])", lambda command: COMMANDS.get(command[1], command[0]) + " "),
     (r"^[ *=:≈]*(?:(?:Rs\.?|USD?)\s*(?=\d))?|[ *.,;:]+$", ""), (r"(?<=[a-z])\.(?=\s|$|[a-z]\b)", ""),  # sq. ft., a.m.
     (r"\*\*", "^"), ("<=", "≤"), (">=", "≥"), (r"(?<![\d.])\.(?=\d)", "0."),
-    # 5 m and 5 m/s, but not 5m or 5x m
     (r"((?:^|[=≈,])(?:[^A-Za-z=≈,]|\\frac|\\sqrt)*[\d}π)])( +[gmshLNJWVKACTF]| *\\mu +[A-Za-z]| *\\Omega)"
-     r"(?= *(\^[23])?\s*([,/]|$))", lambda unit: unit[1] + ' "' + re.sub(r"\W", "", unit[2])),
+     r"(?= *(\^[23])?\s*([,/]|$))", lambda unit: unit[1] + ' "' + re.sub(r"\W", "", unit[2])),  # 5 m, but not 5m or 5x m
     (r'"?\b(?:square|sq) ("?[A-Za-z]+)', r"\1^2"), (r'"?\b(?:cubic|cu) ("?[A-Za-z]+)', r"\1^3"),
     (r"\\(frac|binom|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
     (r"(?<![\d.^_])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s(\d+)/(\d+))",  # 1\frac45 is a sum, 1\frac54 is not
@@ -358,9 +343,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
 def clean(text: str) -> str:
     """The text with LaTeX's and Unicode's variants in one spelling, and a quotation mark before the words of \\text."""
     if not text.isascii():
-        text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda power: "^{" + power[0] + "}", text.translate(CHARACTERS))
-        text = re.sub("[¼-¾⅐-⅞]", lambda part: " " + part[0], text)  # 3½ is 3 1/2
-        text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+        text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text.translate(CHARACTERS))
+        text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)).replace("⁄", "/")  # 3½ is 3 1/2
         text = "".join(letter for letter in text if unicodedata.category(letter) not in ("Cf", "Mn"))
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
@@ -376,33 +360,32 @@ def tokens(text: str) -> list[str]:
     found = ["", ""]
     for match in TOKEN.finditer(text):
         number, name, low, sign = match.groups(default="")
-        bare, last, before, after = name.strip('"\\'), found[-1], text[:match.start()], text[match.end():]
+        bare, low, last = name.strip('"\\'), low.strip("{}"), found[-1]
         if bare in WORDS:
             name, sign = "", WORDS[bare]
-        word = name[:1] == '"' or len(bare) > 1 and name == bare
-        if word and bare.lower() in MODIFIERS:
+        letter, plain = bare + "_" * bool(low) + low, bare.lower().removesuffix("s")
+        word, unit, follows = len(bare) > 1 and name == bare, UNITS.get(bare) or UNITS.get(plain, plain), last[:1] == '"'
+        before, after = text[:match.start()], text[match.end():]
+        if (word or name[:1] == '"') and bare.lower() in MODIFIERS:
             raise ValueError(f"{bare!r} changes what a number says")
-        symbol, plain = bare + "_" * bool(low) + low.strip("{}"), bare.lower().removesuffix("s")
-        unit, follows = UNITS.get(bare) or UNITS.get(plain, plain), last[:1] == '"'
         if follows and (sign in ("/", "^") or name and last[-1] == "/" or number and last[-1] == "^"):
             found[-1] += number or sign or unit  # km/h, cm^2
         elif not name:
-            named = sign == ":" and follows and found[-2] in ("", ",")  # Area: 5
-            found.append("=" if named else number or sign)
-        elif follows and word:
+            found.append("=" if sign == ":" and follows and found[-2] in ("", ",") else number or sign)  # Area: 5
+        elif follows and (word or name[0] == '"'):
             found[-1] += " " + unit
         elif bare in MULTIPLES and last[:1].isdigit():
             found += ["*", str(MULTIPLES[bare])]
         elif "\\" + bare in FUNCTIONS or bare in ("frac", "binom", "sqrt"):
-            found += ["\\" + bare, "_", low.strip("{}")] if low else ["\\" + bare]
+            found += ["\\" + bare, "_", low] if low else ["\\" + bare]
         elif name[0] == "\\":
-            found.append(symbol if bare in GREEK else name)
-        elif len(bare.rstrip("'")) == 1 and name[0] != '"' or re.fullmatch("[A-Z]{2,4}", name) and name not in UNITS:
-            found.append(symbol)  # AB is a segment
+            found.append(letter if bare in GREEK else name)
+        elif len(bare.rstrip("'")) == 1 and name == bare or re.fullmatch("[A-Z]{2,4}", name) and name not in UNITS:
+            found.append(letter)  # AB is a segment
         # Two or three letters in alphabetical order, as products are written, beside a sign of a formula: 2xy, ab+c.
         elif (re.fullmatch("[a-z]{2,3}", name) and list(name) == sorted(set(name)) and name not in UNITS
               and (re.search(r"\d$|[-+*/^=({[}]\s*$", before) or re.match(r"\s*[-+*/^=)}\]]", after))):
-            found += [*name[:-1], symbol[len(name) - 1:]]
+            found += [*name[:-1], letter[len(name) - 1:]]
         else:
             found.append('"' + unit)
     return found[2:]
@@ -452,8 +435,7 @@ class Reader:
         if unit[:1] != '"':
             return Node("unit", (node, "°")) if last == "°" else node
         self.at += 1
-        known = UNITS.keys() >= set(re.findall("[A-Za-z]+", unit))
-        if unit[-1] in "/^" or last[:1].isalpha() and last != "π" and not known:
+        if unit[-1] in "/^" or last[:1].isalpha() and last != "π" and not UNITS.keys() >= {*re.findall("[a-zA-Z]+", unit)}:
             raise ValueError(f"{unit[1:]!r} is no unit")
         return Node("unit", (node, unit[1:]))
 
@@ -495,11 +477,10 @@ class Reader:
         if token[:1].isdigit():
             return number(token)
         if token[:1].isalpha() or token == "∞" or token[:1] == '"' and self.tokens[self.at] in ("=", "≈"):
-            name = symbol(token)
             if self.calls(token):
                 self.at += 1
-                return formula("call", name, *self.items((")",), ",∪|∩"))
-            return name._replace(values=name.values[:self.points])
+                return formula("call", symbol(token), *self.items((")",), ",∪|∩"))
+            return symbol(token)._replace(values=symbol(token).values[:self.points])
         if token in CLOSING:
             items, closing = self.items(CLOSING[token]), self.tokens[self.at - 1]
             if token in ("{", r"\{"):
@@ -540,9 +521,8 @@ def number(token: str) -> Node:
     base, places = base.strip("{}"), 0 if "e" in digits.lower() else len(digits.partition(".")[2])
     if base and not all(int(digit) < int(base) <= 36 for digit in digits):
         raise ValueError("no number in this base")
-    x = Fraction(digits)
-    return Node("base" if base else "decimal" if places else "number", (x, Fraction(base or 1) / 10 ** places),
-                ((x, 0.0),) * len(POINTS))
+    kind, x = "base" if base else "decimal" if places else "number", Fraction(digits)
+    return Node(kind, (x, Fraction(base or 1) / 10 ** places), ((x, 0.0),) * len(POINTS))
 
 
 def negative(node: Node) -> Node:
@@ -552,15 +532,9 @@ def negative(node: Node) -> Node:
 
 
 def unordered(items: list[Node]) -> Node:
-    """One item, or a set in one unit, which the last may state for all: 5 dimes and 3 nickels are not understood."""
-    if len(items) == 1:
-        return items[0]
-    units = {item.parts[1] for item in items if item.kind == "unit"}
-    if (len(items) > MAX_ITEMS or any(item.kind == "set" for item in items)
-            or len(units) > 1 or units and items[-1].kind != "unit"):
-        raise ValueError("too many items, a set of sets, or several units")
-    node = Node("set", tuple(item.parts[0] if item.kind == "unit" else item for item in items))
-    return Node("unit", (node, *units)) if units else node
+    if len(items) > MAX_ITEMS or len(items) > 1 and any(item.kind == "set" for item in items):
+        raise ValueError("too many items, or a set of sets")
+    return items[0] if len(items) == 1 else Node("set", (*items,))
 
 
 def is_name(node: Node) -> bool:
@@ -568,7 +542,7 @@ def is_name(node: Node) -> bool:
     if node.kind == "()":
         return all(map(is_name, node.parts)) and list(node.parts) == sorted(set(node.parts))
     if node.kind in (r"\abs", r"\sin", r"\cos", r"\tan"):
-        return node.parts[0].kind == "name" and (node.parts[0].parts[0].isupper() or node.parts[0].parts[0] in GREEK)
+        return node.parts[0].kind == "name" and (str(node.parts[0]).isupper() or str(node.parts[0]) in GREEK)
     return node.kind in ("name", "call")
 
 
@@ -583,7 +557,7 @@ def statement(sides: list[Node], signs: list[str]) -> Node:
         if signs == ["="]:
             return Node("=", (*sides,))
     if set(signs) <= set(">≥"):
-        sides, signs = sides[::-1], ["<≤"[sign == "≥"] for sign in reversed(signs)]
+        sides, signs = sides[::-1], ["<≤"[sign == "≥"] for sign in signs[::-1]]
     if set(signs) <= set("<≤"):  # x < 3 is −∞ < x < 3
         if is_name(sides[0]):
             sides, signs = [negative(symbol("∞")), *sides], ["<", *signs]
@@ -640,7 +614,9 @@ def same(a: Node, b: Node) -> bool:
         if x == y or is_name(x) and is_name(y) and same(x, y):
             return same(left, right)
         a, b = [formula("-", *node.parts) for node in (a, b)]
-        return not constant(a) and constant(formula("/", a, b))
+        ratio, points = formula("/", a, b), len(a.values)
+        x, y = [Node("number", (), node.values[-1:] * points) for node in (a, ratio)]  # as if constant
+        return equal(ratio, y) and not equal(a, x)
     if "=" in (a.kind, b.kind):
         named, other = (a, b) if a.kind == "=" else (b, a)
         return is_name(named.parts[0]) and same(named.parts[1], other)
@@ -649,14 +625,14 @@ def same(a: Node, b: Node) -> bool:
         return (u == v or not u or not v) and same(x, y)
     if a.values and b.values:
         return equal(a, b)
-    if a.kind != b.kind or len(a.parts) != len(b.parts) or a.kind in ("text", "unreadable"):
+    if a.kind != b.kind or len(a.parts) != len(b.parts) or a.kind in UNKNOWN:
         return a == b and a.kind == "text"
     rest = list(b.parts)
     for item in a.parts:
-        found = [other for other in (rest if a.kind == "set" else rest[:1]) if same(item, other)]
-        if not found:
+        found = next((other for other in (rest if a.kind == "set" else rest[:1]) if same(item, other)), None)
+        if found is None:
             return False
-        rest.remove(found[0])
+        rest.remove(found)
     return True
 
 
@@ -683,26 +659,20 @@ def equal(a: Node, b: Node) -> bool:
 
 
 def rounds(shown: Node, exact: Node) -> bool:
-    """Whether a decimal, or a whole number, is another number, rounded or cut."""
-    x = exact.values and exact.values[0]
-    if shown.kind not in ("decimal", "number") or not x or set(exact.values) != {x} or abs(x[0].imag) > 1e-12 * abs(x[0]):
+    """Whether a decimal, or a whole number, is a real number, rounded or cut."""
+    if shown.kind not in ("decimal", "number") or len(set(exact.values)) != 1 or exact.values[0] is None:
         return False
-    off = (Fraction(x[0].real) - shown.parts[0]) * (1 if shown.parts[0] > 0 else -1) / shown.parts[1]
-    return -0.5 <= off < 0.999999
+    (digits, last), x = shown.parts, exact.values[0][0]
+    off = (Fraction(x.real) - digits) * (1 if digits > 0 else -1) / last
+    return abs(x.imag) <= 1e-12 * abs(x) and -0.5 <= off < 0.999999
 
-
-def constant(node: Node) -> bool:
-    """Whether a formula has the same value everywhere, which need not be known from its letters."""
-    return equal(node, Node("number", (), node.values[-1:] * len(node.values)))
-
-
-# ------------------------------------------------------------------------------------------------ values of the formulas
 
 # Formulas are equal if they agree at all of these points at which both have a value that tells something. A value is a
 # pair: the number, and a bound of its rounding error, 0 for rational numbers, which must agree exactly.
 
-POINTS = [(range(2, 9, 2), 0), (range(33, 64, 2), 10), (), (range(3, 10, 2), 0), (range(33, 64, 2), 3),
-          (range(33, 64, 2), 15), (), (range(10, 41), 0), (range(33, 64, 2), 7), (range(100, 1000), 0),
+# An even, an odd or any integer, or a fraction, by numerator and power of 2 below; or a complex number.
+POINTS = [(range(2, 9, 2), 0), (range(33, 64, 2), 10), None, (range(3, 10, 2), 0), (range(33, 64, 2), 3),
+          (range(33, 64, 2), 15), None, (range(10, 41), 0), (range(33, 64, 2), 7), (range(100, 1000), 0),
           (range(33, 64, 2), 13), (range(33, 64, 2), 5), (range(65, 512, 2), 1), (range(33, 64, 2), 17)]
 EPSILON = 2.0 ** -52  # of doubles
 MAX_BITS = 2 ** 16  # of a numerator; of a denominator an eighth
@@ -710,16 +680,13 @@ MAX_BITS = 2 ** 16  # of a numerator; of a denominator an eighth
 
 @lru_cache(maxsize=4096)
 def symbol(name: str) -> Node:
-    """A constant, or a variable: random but fixed, an even, an odd or any integer, a fraction, a complex number."""
+    """A constant, or a variable with values at the points: random but fixed."""
     if name in CONSTANTS:
-        return Node("constant", (name,), ((CONSTANTS[name], EPSILON * abs(CONSTANTS[name])),) * len(POINTS))
+        return Node("constant", (name,), ((CONSTANTS[name], 4 * EPSILON),) * len(POINTS))
     rng, values = random.Random(name), []
     for point in POINTS:
-        if point:
-            values.append((Fraction(rng.choice(point[0]), 2 ** point[1]), 0.0))
-        else:
-            x = cmath.rect(rng.uniform(0.6, 1.6), rng.uniform(0.2, 0.5) * rng.choice((1, -1)))
-            values.append((x, EPSILON * abs(x)))
+        turn = cmath.rect(rng.uniform(0.6, 1.6), rng.uniform(0.2, 0.5) * rng.choice((1, -1)))
+        values.append((Fraction(rng.choice(point[0]), 2 ** point[1]), 0.0) if point else (turn, 2 * EPSILON))
     return Node("name", (name,), tuple(values))
 
 
@@ -730,7 +697,7 @@ def formula(name: str, *parts: Node) -> Node:
         if known != before:  # else of constants
             try:
                 y = value(name, known) if None not in known else None
-            except (ValueError, ArithmeticError):
+            except (ValueError, ArithmeticError, KeyError):
                 y = None
         found.append(y)
         before = known
@@ -776,22 +743,16 @@ def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     return complex(x) ** complex(y)
 
 
-def whole(x: Fraction | complex, largest: int) -> int:
-    if not isinstance(x, Fraction) or x.denominator != 1 or not 0 <= x <= largest:
-        raise ValueError("only for whole numbers, and not for large ones")
-    return int(x)
-
-
 CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "∞": 7e77 + 3e77j}  # ∞: a number far from any other
 FUNCTIONS = {"\\" + name: getattr(cmath, name.replace("arc", "a")) for name in (
     "sin", "cos", "tan", "asin", "acos", "atan", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "exp")} | {
     r"\cot": lambda z: 1 / cmath.tan(z), r"\sec": lambda z: 1 / cmath.cos(z), r"\csc": lambda z: 1 / cmath.sin(z),
     r"\abs": abs, r"\ln": cmath.log, r"\log": cmath.log10}  # log without a base: as in school
+WHOLE = dict(zip(range(1001), range(1001)))  # finds a Fraction, too
 OPERATIONS = FUNCTIONS | dict.fromkeys(("/", ":", r"\frac"), lambda x, y: x / y) | {
     "+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y, "^": power,
     "%": lambda x: x / 100, "°": lambda x: x, "radians": lambda x: x * math.pi / 180,
-    "!": lambda x: Fraction(math.factorial(whole(x, 300))),
-    r"\binom": lambda n, k: Fraction(math.comb(whole(n, 1000), whole(k, 1000))),
+    "!": lambda x: Fraction(math.factorial(WHOLE[x])), r"\binom": lambda n, k: Fraction(math.comb(WHOLE[n], WHOLE[k])),
     # An unknown function: any number, but the same for the same name and arguments.
     "call": lambda *xs: Fraction(random.Random(str([f"{complex(x):.11e}" for x in xs])).randint(-999, 999), 512)}
 
