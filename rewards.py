@@ -16,7 +16,6 @@ import random
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -51,10 +50,8 @@ def chain_split(question: str) -> str:
 
 
 def chain_problems(count: int, split: str, operands: int = 4, seed: int = 0) -> list[Problem]:
-    """`count` different sums of `operands` two-digit numbers, such as Problem("37+48+25+96=", "206").
-
-    The same arguments give the same list. Raises InputError for an unknown split and for more than there is room for.
-    """
+    """`count` different sums of `operands` two-digit numbers, such as Problem("37+48+25+96=", "206"): always the same.
+    Raises InputError for an unknown split, and for more than there is room for."""
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}: use train or test")
     room = 90 ** max(operands, 0) // 8  # half of the test quarter: drawing at random stays quick
@@ -76,8 +73,7 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
 
     source: "chain"; a short name (SHORT_NAMES); a .jsonl or .parquet file; or a hub id, "owner/name[:config]".
     count: None takes all in order (not of "chain"); a number takes a random sample without replacement, by `seed`.
-    operands: terms of a sum, for "chain" only.
-    question_field, answer_field: found by name if not given (SVAMP's Body and Question are joined).
+    operands: terms of a sum of "chain". question_field, answer_field: found by name if not given.
     A file, or a data set published in one split (math500, aime24, aime25, polaris), is divided by chain_split of the
     question's text, so that train and test never overlap; "all" is the whole, and so is either split without `divide`.
     Raises InputError for what is unknown, missing, broken or too few, and for a gold answer that cannot be read.
@@ -108,7 +104,7 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
     return [problems[n] for n in chosen]
 
 
-def load_splits(source: str) -> dict[str, Sequence[dict]]:
+def load_splits(source: str) -> dict[str, list[dict]]:
     """The splits of a data set, as it is published; a file is one."""
     kind, (path, _, config) = source.rpartition(".")[2], SHORT_NAMES.get(source, source).partition(":")
     if kind in ("jsonl", "parquet") and not Path(source).is_file():
@@ -257,7 +253,8 @@ def stated(line: str, said: bool) -> str | None:
     for start in [0, *starts[-12:]]:
         word = line[:start].lower().rstrip(" ,:").rpartition(" ")[2]
         free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS - {"to", "of"}
-        if (start == 0 or free and not UNSAID.search(line[:start])) and read(line[start:]).kind not in UNKNOWN:
+        free = start == 0 or free and not UNSAID.search(line[:start])
+        if free and read(line[start:]).kind not in ("text", "unreadable"):
             return line[start:]
     return line if line and said else words if words.isalpha() else None
 
@@ -267,7 +264,6 @@ def stated(line: str, said: bool) -> str | None:
 # What is not understood to its last character is text, equal to its own words alone. No text can cost much: its length,
 # the depth of nesting, the items to match in any order and the size of exact numbers are limited.
 MAX_LENGTH, MAX_DEPTH, MAX_ITEMS = 500, 24, 32  # characters; brackets, fractions, … in one another; items of a set
-UNKNOWN = ("text", "unreadable")
 
 
 class Node(NamedTuple):
@@ -286,13 +282,13 @@ def invert(table: dict[str, str]) -> dict[str, str]:
 
 
 COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only changes the looks
-    "*": "cdot times ast", "/": "div", ":": "colon", "±": "pm", "∓": "mp", "π": "pi", "infinity": "infty", "°": "circ degree",
-    "∪": "cup", "∩": "cap", "∈": "in", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt",
-    "≈": "approx", "%": "%", "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace", "⟨": "langle",
-    "⟩": "rangle", "'": "prime", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
+    "*": "cdot times ast", "/": "div", ":": "colon", "±": "pm", "∓": "mp", "π": "pi", " infinity": "infty",
+    "°": "circ degree", "∪": "cup", "∩": "cap", "∈": "in", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt",
+    ">": "gt", "≈": "approx", "%": "%", "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace",
+    "⟨": "langle", "⟩": "rangle", "'": "prime", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
     " ": ", ! ; : > # ( ) [ ]"}) | {" ": " "}
-WORDS = invert({
-    "π": "pi", "infinity": "infinity inf", "°": "degrees degree", "%": "percent", ",": "or and", "∪": "union", "/": "per"})
+WORDS = invert({"π": "pi", "infinity": "infinity inf", "°": "degrees degree", "%": "percent", ",": "or and",
+                "∪": "union", "/": "per"})
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 UNITS = {name: unit for unit, names in {  # without the s of the plural
     "cm": "centimeter centimetre", "mm": "millimeter", "m": "meter metre", "km": "kilometer kilometre", "mi": "mile",
@@ -304,38 +300,40 @@ UNITS = {name: unit for unit, names in {  # without the s of the plural
 MODIFIERS = set((
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
     "unless if when except without half halves third thirds quarter quarters fourths fifths sixths eighths tenths "
-    "tenth hundredths thousandths hundreds thousands millions billions score pair pairs couple twice double doubled "
-    "squared cubed factorial remainder modulo mod below negative zero one two three four five six seven eight nine "
-    "ten maybe perhaps possibly wrong incorrect false until through th st nd rd").split())
-GREEK = set(("alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi chi psi "
-             "omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega").split())
-CHARACTERS = str.maketrans("−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥") | {ord("√"): " sqrt ", ord("∞"): " infinity "}
+    "tenth hundredths thousandths score pair pairs couple twice double doubled squared cubed factorial remainder "
+    "modulo mod below negative zero one two three four five six seven eight nine ten maybe perhaps possibly wrong incorrect "
+    "false until through th st nd rd").split())
+GREEK = set(("alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi chi "
+             "psi omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega").split())
+CHARACTERS = str.maketrans({"√": " sqrt ", "∞": " infinity "}) | str.maketrans(
+    "−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥")
 CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "⟨": ("⟩",), "⟦": ("⟧",)}
 
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # of LaTeX into signs and "words
-    (r"(?:\\\$|(?<![^-])\$(?=[^$]*$))\s*([\d.,\\!]*\d)(?![\d.,\\!]*\s*(?:\w|\\[a-z]))", r" \1 \\text{dollar} "),
+    (r"(?:\\\$|(?<![^-])\$(?=[\d.,]+$))\s*([\d.,\\!]*\d)(?![\d.,\\!]*\s*(?:\w|\\[a-z]))", r" \1 \\text{dollar} "),
     (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "),  # what stands around maths
-    (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
+    (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),
+    (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
     (r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![^(\[]*[)\]])(?!\d)", lambda number: number[0].replace(",", "")),
     (r"\\(?:text\w*|[mh]box|mathrm|operatorname)\s*\{(?:([^{}\d]*)|([^{}]*))\}",
-     lambda text: re.sub(r"[\\*]?([A-Za-z]+)", r' "\1', f" {text[1] or ''} ") + f"{text[2] or ''} "),  # {5 or 7} is no 5
+     lambda text: re.sub(r"[\\*]?([A-Za-z]+)", r' "\1', f" {text[1] or ''} ") + (text[2] or "")),  # or 7 is no unit
     (r"(?:\b[mM]\s*)?\\(?:angle|triangle|over\w+)\s*(?:\{([A-Z]{1,4})\}|(?=[A-Z]{1,4}\b))", r" \1 "),
     (r"\\begin\s*\{(?:[a-z]*matrix\}|array\}\s*\{[^{}]*\})", "⟦⟨"), ("[&;]", ","),
     (r"(?:\\\\)?\s*\\end\s*\{(?:[a-z]*matrix|array)\}", "⟩⟧"), (r"\\\\", "⟩,⟨"),
     (r"\\(?:left|right|[bB]ig[lr]?|\w*style|limits|q?quad|math[bci]\w+|boldsymbol|vec|bf|rm|boxed|fbox)(?![a-z])", " "),
     (r"\\([A-Za-z]+|[^{}])", lambda command: COMMANDS.get(command[1], command[0]) + " "),
-    (r"^[ *=:≈]*(?:(?:Rs\.?|USD?)\s*(?=\d))?|[ *.,;:]+$", ""), (r"(?<=[a-z])\.(?=\s|$|[a-z]\b)", ""),  # sq. ft., a.m.
+    (r"^(?:≈|(?:Rs\.?|USD?)\s*(?=\d))", ""), (r"(?<=[a-z])\.(?=\s|$|[a-z]\b)", ""),  # sq. ft., a.m.
     (r"\*\*", "^"), ("<=", "≤"), (">=", "≥"), (r"(?<![\d.])\.(?=\d)", "0."),
     (r"((?:^|[=≈,])(?:[^A-Za-z=≈,]|\\frac|\\sqrt)*[\d}π)])( +[gmshLNJWVKACTF]| *\\mu +[A-Za-z]| *\\Omega)"
-     r"(?= *(\^[23])?\s*([,/]|$))", lambda unit: unit[1] + ' "' + re.sub(r"\W", "", unit[2])),  # 5 m, but not 5m or 5x m
+     r"(?= *(\^[23])?\s*([,/]|$))", lambda unit: unit[1] + ' "' + re.sub(r"\W", "", unit[2])),  # 5 m, not 5m or 5x m
     (r'"?\b(?:square|sq) ("?[A-Za-z]+)', r"\1^2"), (r'"?\b(?:cubic|cu) ("?[A-Za-z]+)', r"\1^3"),
     (r"\\(frac|binom|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
     (r"(?<![\d.^_])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s(\d+)/(\d+))",  # 1\frac45 is a sum, 1\frac54 is not
      lambda n: n[0] if int(n[2] or n[4]) >= int(n[3] or n[5]) else f"({n[1]}+{n[2] or n[4]}/{n[3] or n[5]})"),
     *[(r"\|([^|]+)\|", r"\\abs{\1}")] * 2, (r"\^\s*\{\s*([\d°])\s*\}", r"^\1 "), (r"\^\s*°", "°"),
-    (r"\^\s*\{?(\s*')+\s*\}?", "'"), (r"\b([fgh])\s*\^\s*\{\s*-1\s*\}\s*(?=\()", r"\1_{inverse}"),
+    (r"\^\s*\{?\s*'\s*\}?(?!')", "'"), (r"\b([fgh])\s*\^\s*\{\s*-1\s*\}\s*(?=\()", r"\1_{inverse}"),
     (r"°\s*\"?([CF])\"?(?=\s*$)", r' "deg\1'), (r"(?<=\d)\s*\(([A-Za-z][A-Za-z. /]+)\)", r" \1"),  # 9 (apples)
-    (r'^\s*(?:\( *"[A-E]\)(?=.)|\([A-E]\)\s(?=\s*[\d\\]))', "")]]  # a letter of multiple choice before a value
+    (r'^\s*(?:\( *"[A-E]\)(?=\s*\S)|\([A-E]\)\s(?=\s*[\d\\]))', "")]]  # a letter of multiple choice before a value
 
 
 def clean(text: str) -> str:
@@ -364,7 +362,8 @@ def tokens(text: str) -> list[str]:
         letter, plain, follows = f"{bare}_{low}" if low else bare, bare.lower().removesuffix("s"), last[:1] == '"'
         word, unit = name[:1] == '"' or len(bare) > 1 and name == bare, UNITS.get(bare) or UNITS.get(plain, plain)
         before, after = text[:match.start()], text[match.end():]
-        if word and bare.lower() in MODIFIERS:
+        multiplies = plain in MULTIPLES and last[:1].isdigit()
+        if word and (bare.lower() in MODIFIERS or plain in MULTIPLES and not multiplies):
             raise ValueError(f"{bare!r} changes what a number says")
         if follows and (sign in ("/", "^") or name and last[-1] == "/" or number and last[-1] == "^"):
             found[-1] += number or sign or unit  # km/h, cm^2
@@ -372,8 +371,8 @@ def tokens(text: str) -> list[str]:
             found.append("=" if sign == ":" and follows and found[-2] in ("", ",") else number or sign)  # Area: 5
         elif follows and word:
             found[-1] += " " + unit
-        elif bare in MULTIPLES and last[:1].isdigit():
-            found += ["*", str(MULTIPLES[bare])]
+        elif multiplies:
+            found += ["*", str(MULTIPLES[plain])]
         elif "\\" + bare in FUNCTIONS or bare in ("frac", "binom", "sqrt"):
             found += ["\\" + bare, "_", low] if low else ["\\" + bare]
         elif name[0] == "\\":
@@ -395,8 +394,8 @@ class Reader:
 
     def __init__(self, found: list[str]):
         self.tokens, self.at, self.depth = [*found, "", "", "", ""], 0, 0
-        letters = sum(token[:1].isalpha() for token in found)
-        self.points = max(4, 300 // max(letters, 1))  # fewer for a long formula, which would cost
+        # Fewer for a formula of many letters, which would cost.
+        self.points = max(4, 300 // (1 + sum(token[:1].isalpha() for token in found)))
 
     def take(self, wanted) -> str:
         """The next token, moving past it, if it is one of those wanted; else ""."""
@@ -416,7 +415,7 @@ class Reader:
         return items
 
     def statement(self) -> Node:
-        """A quantity, or what a chain of them says: ("=", name, value or interval), or an equation, ("=", left, right)."""
+        """A quantity, or what a chain of them says: "=" of a name and its value or interval, or of two formulas."""
         sides, signs = [self.quantity()], []
         while sign := self.take("=≈∈<>≤≥"):
             signs.append(sign)
@@ -432,10 +431,9 @@ class Reader:
         if set(signs) <= set(">≥"):
             sides, signs = sides[::-1], ["<≤"[sign == "≥"] for sign in signs[::-1]]
         if set(signs) <= set("<≤"):  # x < 3 is −∞ < x < 3
-            if is_name(sides[0]):
-                sides, signs = [symbol("-infinity"), *sides], ["<", *signs]
-            if is_name(sides[-1]):
-                sides, signs = [*sides, symbol("infinity")], [*signs, "<"]
+            before, after = is_name(sides[0]), is_name(sides[-1])
+            sides = [symbol("-infinity")] * before + sides + [symbol("infinity")] * after
+            signs = ["<"] * before + signs + ["<"] * after
             if len(sides) == 3 and is_name(sides[1]):
                 ends = "(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"]
                 return Node("=", (sides[1], Node(ends, (sides[0], sides[2]))))
@@ -446,8 +444,9 @@ class Reader:
         parts = [self.sum()]
         while self.take(":"):
             parts.append(self.sum())
-        node = parts[0] if len(parts) == 1 else formula(":", *parts) if len(parts) == 2 else Node(
-            "ratio", tuple(formula("/", part, parts[-1]) for part in parts[:-1]))
+        node = parts[0] if len(parts) == 1 else formula(":", *parts[:2])
+        if len(parts) > 2:
+            node = Node("ratio", tuple(formula("/", part, parts[-1]) for part in parts[:-1]))
         last, unit = self.tokens[self.at - 1], self.tokens[self.at]
         if unit[:1] != '"':
             return Node("unit", (node, "°")) if last == "°" else node
@@ -510,8 +509,8 @@ class Reader:
         if token in (r"\frac", r"\binom"):
             return formula(token, self.atom(), self.atom())
         if token == r"\sqrt":
-            degree = unordered(self.items(("]",))) if self.take("[") else number("2")
-            return formula("^", self.atom(), formula("/", number("1"), degree))
+            root = formula("/", number("1"), unordered(self.items(("]",)))) if self.take("[") else number("1/2")
+            return formula("^", self.atom(), root)
         if token in FUNCTIONS:
             return self.function(token)
         raise ValueError(f"unexpected {token or 'end'!r}")
@@ -557,8 +556,8 @@ def is_name(node: Node) -> bool:
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> Node:
-    """What an answer says. Its kind is "text" where that is not understood, and "unreadable", equal to nothing, where it
-    is too long or unbalanced, or has no letters and a number that is undefined, as 1/0, or too large."""
+    """What an answer says. Its kind is "text" where that is not understood, and "unreadable", equal to nothing, where
+    it is too long or unbalanced, or has no letters and a number that is undefined, as 1/0, or too large."""
     if len(text) > MAX_LENGTH:
         return Node("unreadable", (f"longer than {MAX_LENGTH} characters",))
     cleaned, items = clean(text), []
@@ -608,7 +607,7 @@ def same(a: Node, b: Node) -> bool:
         return (u == v or not u or not v) and same(x, y)
     if a.values and b.values:
         return equal(a, b)
-    if a.kind != b.kind or len(a.parts) != len(b.parts) or a.kind in UNKNOWN:
+    if a.kind != b.kind or len(a.parts) != len(b.parts) or a.kind in ("text", "unreadable"):
         return a == b and a.kind == "text"
     rest = list(b.parts)
     for item in a.parts:
@@ -638,7 +637,7 @@ def equal(a: Node, b: Node) -> bool:
         return a.parts == b.parts
     pairs = [(*x, *y) for x, y in zip(a.values, b.values) if x and y]
     return len(pairs) >= 3 and all(
-        abs(x - y) <= 16 * (x_error + y_error) + 1e-300 if (x_error or y_error) and max(abs(x), abs(y)) < 1e300 else x == y
+        x == y or 0 < x_error + y_error and max(abs(x), abs(y)) < 1e300 and abs(x - y) <= 16 * (x_error + y_error)
         for x, x_error, y, y_error in pairs)
 
 
@@ -652,12 +651,10 @@ def rounds(shown: Node, exact: Node) -> bool:
 
 
 # Formulas are equal if they agree at all points at which both have a value that tells something. A value is a pair: the
-# number, and a bound of its rounding error, 0 for rational numbers, which must agree exactly.
-
-# An even, an odd or any integer; a fraction with this power of 2 below; or a complex number.
+# number, and a bound of its rounding error, 0 for rational numbers, which must agree exactly. A point is an even, odd
+# or any integer, a fraction with this power of 2 below, or a complex number.
 POINTS = [range(2, 9, 2), 10, None, range(3, 10, 2), 3, 15, None, range(10, 41), 7, range(100, 1000), 13, 5, 1, 17]
-EPSILON = 2.0 ** -52  # of doubles
-MAX_BITS = 2 ** 16  # of a numerator; of a denominator an eighth
+EPSILON, MAX_BITS = 2.0 ** -52, 2 ** 16  # of doubles; of a numerator, and an eighth of them of a denominator
 
 
 @lru_cache(maxsize=4096)
@@ -669,8 +666,10 @@ def symbol(name: str) -> Node:
     for point in POINTS:
         if point is None:
             x = cmath.rect(rng.uniform(0.6, 1.6), rng.uniform(0.2, 0.5) * rng.choice((1, -1)))
+        elif isinstance(point, range):
+            x = Fraction(rng.choice(point))
         else:
-            x = Fraction(rng.choice(point)) if isinstance(point, range) else Fraction(rng.randrange(33, 64, 2), 2 ** point)
+            x = Fraction(rng.randrange(33, 64, 2), 2 ** point)
         values.append((x, 0.0 if point else 2 * EPSILON))
     return Node("name", (name,), tuple(values))
 
@@ -680,7 +679,7 @@ def formula(name: str, *parts: Node) -> Node:
     found, before, y = [], None, None
     for known in zip(*(part.values for part in parts)):
         try:
-            y = y if known == before else value(name, known) if all(known) else None  # constants are equal everywhere
+            y = y if known == before else value(name, known) if all(known) else None  # of constants once
         except (ValueError, ArithmeticError, KeyError):
             y = None
         found.append(y)
@@ -715,13 +714,11 @@ def bits(x: Fraction) -> int:
 
 def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     """x^y, exact for an integer exponent; the real root for an odd root of a negative number."""
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        if y.denominator == 1:
-            if bits(x) * abs(y) > MAX_BITS:
-                raise OverflowError("too large")
-            return x ** int(y)
-        if x < 0 and y.denominator % 2:
-            return (-1) ** y.numerator * complex(-x) ** complex(y)
+    exact = isinstance(x, Fraction) and isinstance(y, Fraction)
+    if exact and y.denominator == 1 and bits(x) * abs(y) <= MAX_BITS:
+        return x ** int(y)
+    if exact and x < 0 and y.denominator % 2:
+        return (-1) ** y.numerator * complex(-x) ** complex(y)
     return complex(x) ** complex(y)
 
 
@@ -734,7 +731,8 @@ WHOLE = dict(zip(range(1001), range(1001)))  # finds a Fraction, too
 OPERATIONS = FUNCTIONS | dict.fromkeys(("/", ":", r"\frac"), lambda x, y: x / y) | {
     "+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y, "^": power,
     "%": lambda x: x / 100, "°": lambda x: x, "radians": lambda x: x * math.pi / 180,
-    "!": lambda x: Fraction(math.factorial(WHOLE[x])), r"\binom": lambda n, k: Fraction(math.comb(WHOLE[n], WHOLE[k])),
+    "!": lambda n: Fraction(math.factorial(WHOLE[n])),
+    r"\binom": lambda n, k: Fraction(math.comb(WHOLE[n], WHOLE[k])),
     # An unknown function: any number, but the same for the same name and arguments.
     "call": lambda *xs: Fraction(random.Random(str([f"{complex(x):.11e}" for x in xs])).randint(-999, 999), 512)}
 
