@@ -252,7 +252,7 @@ def stated(line: str, said: bool) -> str | None:
     starts = [start.start() for start in START.finditer(line) if line[:start.start()].count("$") % 2 == 0]
     for start in [0, *starts[-12:]]:
         word = line[:start].lower().rstrip(" ,:").rpartition(" ")[2]
-        free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS - {"to", "of"}
+        free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS.keys() - {"to"}
         free = start == 0 or free and not UNSAID.search(line[:start])
         if free and read(line[start:]).kind not in ("text", "unreadable"):
             return line[start:]
@@ -297,14 +297,14 @@ UNITS = {name: unit for unit, names in {  # without the s of the plural
     "Hz": "hertz", "dollar": "USD", "mi/h": "mph", **dict.fromkeys("NJWVKACTF", "")}.items()
     for name in (unit, *names.split())}
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
-MODIFIERS = set((
+MODIFIERS = invert({"":
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
     "unless if when except without half halves third thirds quarter quarters fourths fifths sixths eighths tenths "
     "tenth hundredths thousandths score pair pairs couple twice double doubled squared cubed factorial remainder "
-    "modulo mod below negative zero one two three four five six seven eight nine ten maybe perhaps possibly wrong incorrect "
-    "false until through th st nd rd").split())
-GREEK = set(("alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi chi "
-             "psi omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega").split())
+    "modulo mod below negative zero one two three four five six seven eight nine ten maybe perhaps possibly wrong "
+    "incorrect false until through th st nd rd"})
+GREEK = invert({"": "alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi "
+                    "chi psi omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega"})
 CHARACTERS = str.maketrans({"√": " sqrt ", "∞": " infinity "}) | str.maketrans(
     "−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥")
 CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "⟨": ("⟩",), "⟦": ("⟧",)}
@@ -324,8 +324,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
     (r"\\([A-Za-z]+|[^{}])", lambda command: COMMANDS.get(command[1], command[0]) + " "),
     (r"^(?:≈|(?:Rs\.?|USD?)\s*(?=\d))", ""), (r"(?<=[a-z])\.(?=\s|$|[a-z]\b)", ""),  # sq. ft., a.m.
     (r"\*\*", "^"), ("<=", "≤"), (">=", "≥"), (r"(?<![\d.])\.(?=\d)", "0."),
-    (r"((?:^|[=≈,])(?:[^A-Za-z=≈,]|\\frac|\\sqrt)*[\d}π)])( +[gmshLNJWVKACTF]| *\\mu +[A-Za-z]| *\\Omega)"
-     r"(?= *(\^[23])?\s*([,/]|$))", lambda unit: unit[1] + ' "' + re.sub(r"\W", "", unit[2])),  # 5 m, not 5m or 5x m
+    ((r"((?:^|[=≈,])(?:[^A-Za-z=≈,]|\\frac|\\sqrt)*[\d}π)])( +[gmshLNJWVKACTF]| *\\mu +[A-Za-z]| *\\Omega)"
+      r"(?= *(\^[23])?\s*([,/]|$))"), lambda unit: unit[1] + ' "' + re.sub(r"\W", "", unit[2])),  # 5 m, no 5m or 5x m
     (r'"?\b(?:square|sq) ("?[A-Za-z]+)', r"\1^2"), (r'"?\b(?:cubic|cu) ("?[A-Za-z]+)', r"\1^3"),
     (r"\\(frac|binom|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
     (r"(?<![\d.^_])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s(\d+)/(\d+))",  # 1\frac45 is a sum, 1\frac54 is not
@@ -474,12 +474,14 @@ class Reader:
 
     def power(self) -> Node:
         """An atom with its signs, !, ° or %, and exponent."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ValueError("nested too deeply")
         minus = False
         while sign := self.take("+-"):
             minus ^= sign == "-"
+        if minus and self.take(("infinity",)):
+            return symbol("-infinity")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
         node = self.atom()
         for after in "!°%":
             node = formula(after, node) if self.take(after) else node
@@ -500,7 +502,7 @@ class Reader:
             alone = any(name == token and after != "(" for name, after in zip(self.tokens, self.tokens[1:]))
             if short and not alone and token not in CONSTANTS and self.take("("):
                 return formula("call", symbol(token), *self.items((")",), ",∪|∩"))
-            return symbol(token)._replace(values=symbol(token).values[:self.points])
+            return Node(*symbol(token)[:2], symbol(token).values[:self.points])
         if token in CLOSING:
             items, closing = self.items(CLOSING[token]), self.tokens[self.at - 1]
             if token in ("{", r"\{"):
@@ -529,6 +531,7 @@ class Reader:
         return node if exponent is None else formula("^", node, exponent)
 
 
+@lru_cache(maxsize=4096)
 def number(token: str) -> Node:
     """A number, with what a decimal's last digit is worth; or one in another base, 52_8, with its base."""
     digits, _, base = token.partition("_")
@@ -540,9 +543,13 @@ def number(token: str) -> Node:
 
 
 def unordered(items: list[Node]) -> Node:
-    if len(items) > MAX_ITEMS or len(items) > 1 and any(item.kind == "set" for item in items):
-        raise ValueError("too many items, or a set of sets")
-    return items[0] if len(items) == 1 else Node("set", (*items,))
+    """One item, or a set: none of sets, nor in several units, as 5 dimes and 3 nickels."""
+    if len(items) == 1:
+        return items[0]
+    units = {item.parts[1] for item in items if item.kind == "unit"}
+    if len(items) > MAX_ITEMS or len(units) > 1 or any(item.kind == "set" for item in items):
+        raise ValueError("too many items, several units, or a set of sets")
+    return Node("set", (*items,))
 
 
 def is_name(node: Node) -> bool:
@@ -679,7 +686,8 @@ def formula(name: str, *parts: Node) -> Node:
     found, before, y = [], None, None
     for known in zip(*(part.values for part in parts)):
         try:
-            y = y if known == before else value(name, known) if all(known) else None  # of constants once
+            if known != before:  # what is constant is worked out once
+                y = value(name, known) if all(known) else None
         except (ValueError, ArithmeticError, KeyError):
             y = None
         found.append(y)
@@ -690,6 +698,8 @@ def formula(name: str, *parts: Node) -> Node:
 def value(name: str, known: tuple) -> tuple:
     """The number that an operation makes of others, and a bound of its rounding error."""
     xs, operate = [x for x, _ in known], OPERATIONS[name]
+    if INFINITE in map(abs, xs):
+        raise ValueError("infinity is no number")
     y = operate(*xs)
     if isinstance(y, Fraction):
         if bits(y) > MAX_BITS:
@@ -722,7 +732,8 @@ def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     return complex(x) ** complex(y)
 
 
-CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "infinity": 7e77 + 3e77j, "-infinity": -7e77 - 3e77j}
+INFINITE = 1.4142e308  # a number that is equal to itself, and part of no formula
+CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "infinity": INFINITE, "-infinity": -INFINITE}
 FUNCTIONS = {"\\" + name: getattr(cmath, name.replace("arc", "a")) for name in (
     "sin", "cos", "tan", "asin", "acos", "atan", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "exp")} | {
     r"\cot": lambda z: 1 / cmath.tan(z), r"\sec": lambda z: 1 / cmath.cos(z), r"\csc": lambda z: 1 / cmath.sin(z),

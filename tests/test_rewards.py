@@ -137,7 +137,10 @@ WRONG = [
     ("(y,x)=(3,4)", "(3,4)", "names in reverse"), ("xy", "yx", "a word is no product"), ("12:30", "6:15", "times"),
     ("0.333333", "0.3333333", "decimals are exact among themselves"), ("1.41422", r"\sqrt2", "neither rounded nor cut"),
     (r"1+10^{-20}\pi", "1", "a term lost in the rounding"),
-    ("x^2-100x+2499", "|x^2-100x+2499|", "a kink that no real point is near"),
+    ("x^2-100x+2499", "|x^2-100x+2499|", "a kink that no real point is near"), ("-52_8", "-52_9", "a base below zero"),
+    (r"f^{\prime\prime}(2)", "f'(2)", "a second derivative"), (r"\infty-\infty", "0", "infinity is no number"),
+    (r"\frac12\text{ million}", "1/2", "half a million"), ("5 apples/3", "5", "a quotient"),
+    (r"\frac{\infty}{\infty}", "1", "nor is it one here"), ("5 dimes and 3 nickels", "5, 3", "several units"),
 ]
 
 
@@ -235,8 +238,8 @@ def test_cost_is_bounded(text, reason):
 
 
 LIMITS = [
-    ("1" * 500, "1" * 501, "characters"), ("2^{60000}", "2^{70000}", "size of a power"), ("1000!", "1001!", "factorials"),
-    (r"\binom{1000}{2}", r"\binom{1001}{2}", "binomials"), (",".join("1" * 32), ",".join("1" * 33), "items of a set"),
+    ("1" * 500, "1" * 501, "characters"), ("2^{60000}", "2^{70000}", "size of a power"),
+    ("1000!", "1001!", "factorials"), (r"\binom{1000}{2}", r"\binom{1001}{2}", "binomials"), (",".join("1" * 32), ",".join("1" * 33), "items of a set"),
     ("(" * 23 + "1" + ")" * 23, "(" * 24 + "1" + ")" * 24, "nesting"),
     ("9^{9000}*9^{9000}", "9^{15000}*9^{15000}", "size of a product"),
 ]
@@ -478,6 +481,12 @@ def test_wrong_input_is_named_in_one_line(tmp_path, hub, arguments, message, rea
 def command_line(*arguments):
     command = [sys.executable, rewards.__file__, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_import_is_quick():
+    """The command line of erpd.py refuses wrong options before torch is imported."""
+    code = "import sys, rewards; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(rewards.__file__).parent, timeout=60, check=True)
 
 
 def test_command_line_shows_each_step():
