@@ -106,7 +106,7 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
 
 def load_splits(source: str) -> dict[str, list[dict]]:
     """The splits of a data set, as it is published; a file is one."""
-    kind, (path, _, config) = source.rpartition(".")[2], SHORT_NAMES.get(source, source).partition(":")
+    kind, (path, _, config) = Path(source).suffix[1:], SHORT_NAMES.get(source, source).partition(":")
     if kind in ("jsonl", "parquet") and not Path(source).is_file():
         raise InputError(f"no such file: {source}")
     if kind == "jsonl":
@@ -191,9 +191,10 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
     return centred.masked_fill(equal, 0.0).to(rewards.dtype)
 
 
-# The reader of maths. The algorithm needs nothing below: only `extract_answer` and `is_correct`, which `reward` calls.
+# ------------------------------------------------------------------------------------------------- the reader of maths
 
-# -------------------------------------------------------------- extracting: from a completion to the text of its answer
+# The algorithm needs nothing below: only `extract_answer` and `is_correct`, which `reward` calls. First, extracting: from
+# a completion to the text of its answer.
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([^\s{}$]+))")
 STATEMENT = re.compile(
@@ -555,7 +556,7 @@ def unordered(items: list[Node]) -> Node:
 def is_name(node: Node) -> bool:
     """Whether it may stand before = only to name what follows: x, AB, |AB|, f(x), P(A), (x,y), sin A."""
     if node.kind == "()":
-        return all(map(is_name, node.parts)) and list(node.parts) == sorted(set(node.parts))
+        return all(part.kind == "name" for part in node.parts) and list(node.parts) == sorted(set(node.parts))
     if node.kind in (r"\abs", r"\sin", r"\cos", r"\tan"):
         return node.parts[0].kind == "name" and (str(node.parts[0]).isupper() or str(node.parts[0]) in GREEK)
     return node.kind in ("name", "call")
