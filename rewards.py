@@ -316,7 +316,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
     (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),
     (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
     (r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![^(\[]*[)\]])(?!\d)", lambda number: number[0].replace(",", "")),
-    (r"\\(?:text\w*|[mh]box|mathrm|operatorname)\s*\{(?:([^{}\d]*)|([^{}]*))\}",
+    (r"\\(?:text(?:bf|it|rm|sf|normal)?|[mh]box|mathrm|operatorname)\s*\{(?:([^{}\d]*)|([^{}]*))\}",
      lambda text: re.sub(r"[\\*]?([A-Za-z]+)", r' "\1', f" {text[1] or ''} ") + (text[2] or "")),  # or 7 is no unit
     (r"(?:\b[mM]\s*)?\\(?:angle|triangle|over\w+)\s*(?:\{([A-Z]{1,4})\}|(?=[A-Z]{1,4}\b))", r" \1 "),
     (r"\\begin\s*\{(?:[a-z]*matrix\}|array\}\s*\{[^{}]*\})", "⟦⟨"), ("[&;]", ","),
@@ -641,7 +641,7 @@ def equal(a: Node, b: Node) -> bool:
         if percent and same(one.parts[0], other) or decimal and rounds(one, other):
             return True
     if a.kind == b.kind == "base" or a.kind == b.kind == ":" and all(
-            node.parts[1].values[0][0] in range(10, 60) for node in (a, b)):
+            node.parts[1].parts[0] in range(10, 60) for node in (a, b)):
         return a.parts == b.parts
     pairs = [(*x, *y) for x, y in zip(a.values, b.values) if x and y]
     return len(pairs) >= 3 and all(

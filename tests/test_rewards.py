@@ -141,6 +141,7 @@ WRONG = [
     (r"f^{\prime\prime}(2)", "f'(2)", "a second derivative"), (r"\infty-\infty", "0", "infinity is no number"),
     (r"\frac12\text{ million}", "1/2", "half a million"), ("5 apples/3", "5", "a quotient"),
     (r"\frac{\infty}{\infty}", "1", "nor is it one here"), ("5 dimes and 3 nickels", "5, 3", "several units"),
+    (r"3:4\infty", "3:4", "a ratio without a value"),
 ]
 
 
