@@ -568,6 +568,8 @@ def read(text: str) -> Node:
     it is too long or unbalanced, or has no letters and a number that is undefined, as 1/0, or too large."""
     if len(text) > MAX_LENGTH:
         return Node("unreadable", (f"longer than {MAX_LENGTH} characters",))
+    if re.fullmatch("-?[0-9]+", text):  # as most are
+        return number(text)
     cleaned, items = clean(text), []
     try:
         for variant in dict.fromkeys(cleaned.translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+")):
@@ -615,8 +617,8 @@ def same(a: Node, b: Node) -> bool:
         return (u == v or not u or not v) and same(x, y)
     if a.values and b.values:
         return equal(a, b)
-    if a.kind != b.kind or len(a.parts) != len(b.parts) or a.kind in ("text", "unreadable"):
-        return a == b and a.kind == "text"
+    if a.kind != b.kind or len(a.parts) != len(b.parts) or a.kind in ("text", "unreadable", "infinity"):
+        return a == b and a.kind != "unreadable"
     rest = list(b.parts)
     for item in a.parts:
         found = next((other for other in (rest if a.kind == "set" else rest[:1]) if same(item, other)), None)
@@ -667,7 +669,9 @@ EPSILON, MAX_BITS = 2.0 ** -52, 2 ** 16  # of doubles; of a numerator, and an ei
 
 @lru_cache(maxsize=4096)
 def symbol(name: str) -> Node:
-    """A constant, or a variable with values at the points: random but fixed."""
+    """Infinity, which has no value; a constant; or a variable with values at the points: random but fixed."""
+    if name.endswith("infinity"):
+        return Node("infinity", (name,))
     if name in CONSTANTS:
         return Node("constant", (name,), ((CONSTANTS[name], 4 * EPSILON),) * len(POINTS))
     rng, values = random.Random(name), []
@@ -699,8 +703,6 @@ def formula(name: str, *parts: Node) -> Node:
 def value(name: str, known: tuple) -> tuple:
     """The number that an operation makes of others, and a bound of its rounding error."""
     xs, operate = [x for x, _ in known], OPERATIONS[name]
-    if INFINITE in map(abs, xs):
-        raise ValueError("infinity is no number")
     y = operate(*xs)
     if isinstance(y, Fraction):
         if bits(y) > MAX_BITS:
@@ -711,7 +713,7 @@ def value(name: str, known: tuple) -> tuple:
     total, effects = EPSILON * abs(y), []
     for n, (x, error) in enumerate(known):
         step = max(error, 1e-7 * abs(x)) or 1.0
-        slope = abs(operate(*xs[:n], x + step, *xs[n + 1:]) - y) / step
+        slope = 1.0 if name in "+-" else abs(operate(*xs[:n], x + step, *xs[n + 1:]) - y) / step
         total += slope * (error or EPSILON * float(abs(x)))
         effects += [slope * abs(x)] if 16 * error < abs(x) else []
     if (name in "+-" or name in FUNCTIONS) and effects and min(effects) < 2 ** 23 * total:
@@ -733,8 +735,7 @@ def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     return complex(x) ** complex(y)
 
 
-INFINITE = 1.4142e308  # a number that is equal to itself, and part of no formula
-CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "infinity": INFINITE, "-infinity": -INFINITE}
+CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j}
 FUNCTIONS = {"\\" + name: getattr(cmath, name.replace("arc", "a")) for name in (
     "sin", "cos", "tan", "asin", "acos", "atan", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "exp")} | {
     r"\cot": lambda z: 1 / cmath.tan(z), r"\sec": lambda z: 1 / cmath.cos(z), r"\csc": lambda z: 1 / cmath.sin(z),
