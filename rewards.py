@@ -193,8 +193,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
 
 # ------------------------------------------------------------------------------------------------- the reader of maths
 
-# The algorithm needs nothing below: only `extract_answer` and `is_correct`, which `reward` calls. First, extracting: from
-# a completion to the text of its answer.
+# The algorithm needs nothing below: only `extract_answer` and `is_correct`, which `reward` calls.
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([^\s{}$]+))")
 STATEMENT = re.compile(
@@ -260,7 +259,7 @@ def stated(line: str, said: bool) -> str | None:
     return line if line and said else words if words.isalpha() else None
 
 
-# ---------------------------------------------------------------------------- reading: from text over tokens to a value
+# ------------------------------------------------------------------------- reading: from text over tokens to its values
 
 # What is not understood to its last character is text, equal to its own words alone. No text can cost much: its length,
 # the depth of nesting, the items to match in any order and the size of exact numbers are limited.
@@ -395,8 +394,8 @@ class Reader:
 
     def __init__(self, found: list[str]):
         self.tokens, self.at, self.depth = [*found, "", "", "", ""], 0, 0
-        # Fewer for a formula of many letters, which would cost.
-        self.points = max(4, 300 // (1 + sum(token[:1].isalpha() for token in found)))
+        letters = sum(token[:1].isalpha() for token in found)
+        self.points = max(4, 300 // (1 + letters))  # of POINTS: fewer for a long formula, which would cost
 
     def take(self, wanted) -> str:
         """The next token, moving past it, if it is one of those wanted; else ""."""

@@ -240,7 +240,8 @@ def test_cost_is_bounded(text, reason):
 
 LIMITS = [
     ("1" * 500, "1" * 501, "characters"), ("2^{60000}", "2^{70000}", "size of a power"),
-    ("1000!", "1001!", "factorials"), (r"\binom{1000}{2}", r"\binom{1001}{2}", "binomials"), (",".join("1" * 32), ",".join("1" * 33), "items of a set"),
+    ("1000!", "1001!", "factorials"), (r"\binom{1000}{2}", r"\binom{1001}{2}", "binomials"),
+    (",".join("1" * 32), ",".join("1" * 33), "items of a set"),
     ("(" * 23 + "1" + ")" * 23, "(" * 24 + "1" + ")" * 24, "nesting"),
     ("9^{9000}*9^{9000}", "9^{15000}*9^{15000}", "size of a product"),
 ]
