@@ -34,7 +34,7 @@ import rollout  # noqa: E402
 from figures.claims_figures import BLACK, GREEN, LOOKS, PINK, SKY  # noqa: E402
 from figures.experiments import Bench, Stage, measured, run_stage  # noqa: E402
 from figures.outcomes import Outcome  # noqa: E402
-from rewards import InputError, Problem, load_problems, load_rows, reward, row_problem  # noqa: E402
+from rewards import InputError, Problem, load_problems, load_splits, reward, row_problem  # noqa: E402
 
 ROUNDS, TIMES = 2, 4  # rounds of ERPD; rounds whose rollouts the longer GRPO takes
 GREEDY = 1e-3  # a temperature at which the likeliest token has all of the probability
@@ -85,7 +85,7 @@ class GradeSchool(Bench):
     def solutions(self) -> list[tuple[Problem, str]]:
         """The training problems, and what the base shall write: no notes for a calculator, and an answer to be read."""
         found = []
-        for n, row in enumerate(load_rows(self.config.data, "train")[0], 1):
+        for n, row in enumerate(load_splits(self.config.data)["train"], 1):
             problem, solution = row_problem(row, f"{self.config.data}, problem {n}", None, None), str(row.get("answer"))
             found.append((problem, re.sub(r"<<.*?>>", "", solution)))
             if not reward(found[-1][1], problem.answer):
