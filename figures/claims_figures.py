@@ -156,16 +156,17 @@ def weak_teachers(by_stage: dict) -> None:
             seen.add(row["kind"])
             if row["kind"] in ("contrast", "unlearned"):
                 text = row.get("teacher", "unlearned") + (f" {row['at']}" if row.get("teacher") == "sapo" else "")
-                axes.annotate(text, (x, y), xytext=(3, 10), textcoords="offset points", rotation=50, fontsize=8)
-        base = mean_interval([o.base for o in outcomes])[0]
-        control = [o.of("control")[1]["accuracy"] for o in outcomes if o.of("control")]
+                below = row.get("teacher") in ("mse", "ce")  # beside others as accurate
+                axes.annotate(text, (x, y), xytext=(3, -12 if below else 10), textcoords="offset points",
+                              rotation=-50 if below else 50, va="top" if below else "bottom", fontsize=8)
+        base, budget = mean_interval([o.base for o in outcomes])[0], outcomes[0].of("student")[0]["budget"]
+        control = [o.one("control", at=budget)["accuracy"] for o in outcomes if o.of("control")]
         for height, text in ((base, "base"), (mean_interval(control)[0], "the control, Â in place of δ_t")):
             axes.axhline(height, color="grey", linestyle=":", linewidth=1)
-            axes.text(0.02, height + 0.008, text, fontsize=8, color="grey")
+            axes.text(0.02, height - 0.03, text, fontsize=8, color="grey")
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         axes.text(0.86, 0.84, "student = teacher", fontsize=8, color="grey", rotation=45, ha="right",
                   rotation_mode="anchor")
-        budget = outcomes[0].of("student")[0]["budget"]
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="right completions of the teacher, held out",
                  ylabel=f"right completions of its student, KL budget {budget:g}")
         for axis in (axes.xaxis, axes.yaxis):
