@@ -212,8 +212,8 @@ from tqdm import tqdm, trange  # noqa: E402
 import kl  # noqa: E402
 from figures.frontier import draw_frontier, ends, table  # noqa: E402
 from rollout import (Memory, Rollouts, added_up, autocast, by_tokens, collect, completion_stats,  # noqa: E402
-                     divergence, evaluate, gathered, in_batches, join, load_policy, rank, save_policy, score,
-                     trainable)
+                     divergence, evaluate, gathered, in_batches, join, load_policy, rank, ranks, save_policy,
+                     score, trainable)
 
 
 # ----------------------------------------------------------------------------------------------------------- one update
@@ -605,7 +605,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return ended(f"stopped; python erpd.py --resume {folder} goes on from here", 130)
     except RuntimeError as error:
-        if "peer" not in str(error) and "remote" not in str(error):  # the words of gloo and NCCL
+        if ranks() == 1 or not re.search("peer|remote", str(error)):  # the words of gloo and NCCL
             raise
         return ended(f"another process of this job has ended; --resume {folder} goes on, with any number of them", 1)
     return 0
