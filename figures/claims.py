@@ -5,57 +5,8 @@
     python figures/claims.py --quick        # draws, and runs one seed at a tenth of the size in a scratch folder
     python figures/claims.py --model path/to/SmolLM2-135M-Instruct      # a language model's small frontier, too
 
-Everything is measured on 256 held-out problems × 8 samples of the policy's own (4 or 2 on a direct method's way),
-KL(π‖π_0) is exact, in nats a completion. Intervals are 95 %, Student's t over seeds; every seed has other problems,
-samples and training. The statistics and thresholds below were fixed before the results were known, but for what
-figures/README.md names. A statistic is met when its whole interval is on the right side of its threshold; a claim
-holds when all its statistics are met, holds in part when some are, and does not hold when none is.
-
-Stages: `main` (chains of 4 operands, where the base is right about a third of the time) and `rare` (8 operands, about
-8 %), 64 problems × 16 completions with all methods; and cells of the map, 3 seeds with 128 held-out problems: 256 and
-16 prompts, 2 operands, and problems with 3, with 2 and with at most 1 carry.
-
-A *path* is what one setting of a method leads through: checkpoints, students by budget, interpolations by share. A
-direct method is measured whenever its updates have doubled, until its accuracy has stopped rising: after 256 updates
-or more (512 for cross-entropy; 2,048 at most) it is not above its last checkpoint's interval. A *level* is an
-accuracy 1/3, 1/2, 2/3 or 5/6 of the way from the base's to 1. The KL of a method at a level is the least at which any
-of its paths reaches it; between two points of a path, accuracy goes linearly with √KL, since KL is quadratic in the
-distance from the base. *KL efficiency* is the KL of the limit (kl.least_kl, of pass rates with Jeffreys' prior) over
-that. Two methods are compared at the levels that both reach, seed by seed, where that is so on at least 3 seeds. The
-*ceiling*, the best accuracy on any path, is a statistic of its own, and a level that is not reached counts for
-nothing else.
-
-C1  Many off-policy steps on fixed data: fast rise, early plateau, entropy collapse, KL that keeps growing.
-    The SAPO explorer (learning rate 3e-5), 256 updates at least, on `main`:
-    (a) best accuracy of the first 64 updates, less the base's > 0.10      (b) best accuracy less the last > 0.05
-    (c) KL at the last update over KL at the best > 2             (d) entropy at the last update over the base's < 0.5
-C2  A tighter constraint lowers the ceiling without curing the degradation. `main`:
-    (a) ceiling of SAPO less that of clipping with KL penalty 1.0 > 0      (b) the same for clipping alone > 0
-    (c) KL efficiency of the last clipped checkpoint over the best on its way < 0.5
-    (d) the same with KL penalty 0.2 < 0.5
-C3  The student is as accurate for a fraction of the KL, and at equal KL at least as good as every direct method.
-    On `main` and on `rare`, students of the contrast with SAPO's explorer after 256 updates, at a ladder of budgets:
-    (a) KL at which they reach their explorer's best accuracy, over the explorer's KL there < 1/3
-    (b) ceiling less that of each constrained direct method (clip, clip + KL; SAPO + KL was added after two seeds) > 0
-    (c) KL efficiency at each level, reached on every seed, > 0.7; and at the best level > 0.85
-    (d) efficiency less that of every opponent, at each level that both reach > 0 (the closest opponent is named)
-    (e) ceiling less that of every opponent > 0 (the closest is named)
-C4  A weak or degenerate teacher still makes a better student. `main` and `rare`, at the ladder's second budget:
-    (a) student of the unlearned policy: accuracy less the base's > 0.10       (b) less its teacher's > 0
-    (c), (d) the same for the contrast with the explorer after 256 updates
-    (e) KL efficiency of the student less that of the control, Â in place of δ_t, 1/2 of the way > 0
-C5  Several teachers beat one. `main` and `rare`, same budget: KL efficiency at the accuracy reached, sapo + mse +
-    nll by contrast, less that of each of the three alone > 0
-C6  Gains continue over rounds, also where on-policy GRPO has flattened. Both stages, 4 rounds with --kl-budget auto:
-    (a) accuracy of round k + 1 less round k > 0, k = 1, 2, 3
-    (b) accuracy after 4 rounds less GRPO's with twice as many rollouts > 0
-    (c) the same less expert iteration's under the same budgets (cross-entropy on the right completions, 384 updates,
-        weights moved back) > −0.01: not worse by a point
-    (d) gain of one round of ERPD from GRPO's end > 0
-C7  Stage 2 costs no generation: rollouts until 2/3 of the way, ERPD's over GRPO's < 1/2 (a GRPO that never gets there
-    counts with all its rollouts). `main` and `rare`
-C8  The token signal, not the trust region alone. `rare`: the student less the control, Â in place of δ_t, with the same
-    updates and the ladder's third budget: (a) accuracy > 0.20       (b) KL efficiency at the accuracy reached > 0.3
+What is asked, of which stage, and what paths, levels and KL efficiency are, stands in figures/README.md ("What is
+asked"); `asked` below says the same of one seed, in code.
 """
 
 import argparse
@@ -64,27 +15,25 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import fields, replace
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from figures import claims_figures, experiments  # noqa: E402
 from figures.experiments import Stage, erpd  # noqa: E402
-from figures.outcomes import LEVELS, Outcome, mean_interval, outcomes  # noqa: E402
+from figures.outcomes import LEVELS, Outcome, first_crossing, mean_interval, outcomes  # noqa: E402
 
 RESULTS, SCRATCH = HERE / "results" / "claims.jsonl", Path("runs") / "claims"
-VERDICTS = HERE / "results" / "verdicts.json"
-EMBEDDED = str(HERE.parent / "tutorial" / "tiny_base")
-LONG_BASE = str(HERE.parent / "tutorial" / "long_base")  # the same, taught to add eight numbers
+TINY_BASE, LONG_BASE = (str(HERE.parent / "tutorial" / name) for name in ("tiny_base", "long_base"))
 CONSTRAINED = ("clip", "clip + KL 0.2", "clip + KL 1", "sapo + KL 0.2")
 OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temperature", "weights: sapo",
              "weights: mse", "weights: nll", "logits: nll")
@@ -106,7 +55,7 @@ class Statistic(NamedTuple):
 
     def met(self) -> bool:
         mean, half = self.interval()
-        complete = not (self.every_seed and any(map(math.isnan, self.values)))
+        complete = self.seeds == len(self.values) or not self.every_seed
         return complete and (mean - half > self.threshold if self.above else mean + half < self.threshold)
 
     @property
@@ -114,170 +63,159 @@ class Statistic(NamedTuple):
         return sum(not math.isnan(value) for value in self.values)
 
 
-def peak(rows: list[dict]) -> dict:
-    return max(rows, key=lambda row: row["accuracy"])
+def asked(o: Outcome, stage: str) -> Iterator[tuple]:
+    """What is asked of a seed: (claim, what, side, threshold, value). Of what it has not run nothing is asked."""
+    sapo = o.of("sapo", lr=3e-5)
+    best, last = peak(sapo), sapo[-1]
+    if stage == "main":
+        early = peak([row for row in sapo if row["at"] <= 64])
+        yield "C1", "a  best accuracy of 64 updates less the base's", ">", 0.10, early["accuracy"] - o.base
+        yield "C1", "b  best accuracy less the last", ">", 0.05, best["accuracy"] - last["accuracy"]
+        yield "C1", "c  KL at the last update over KL at the best", ">", 2, last["kl"] / best["kl"]
+        yield "C1", "d  entropy at the last update over the base's", "<", 0.5, last["entropy"] / o.entropy
+        for letter, method in ("a", "clip + KL 1"), ("b", "clip"):
+            if o.of(method):
+                lead = o.best("sapo") - o.best(method)
+                yield "C2", f"{letter}  ceiling of sapo less that of {method}", ">", 0, lead
+        for letter, method in ("c", "clip"), ("d", "clip + KL 0.2"):
+            if way := o.of(method, lr=3e-5):
+                most = max(o.worth(row) for row in way)  # 0 where none of them is better than the base
+                kept = o.worth(way[-1]) / most if most else math.nan
+                yield "C2", f"{letter}  efficiency of {method}, last update over best", "<", 0.5, kept
+
+    share = o.kl_at("erpd", best["accuracy"]) / best["kl"]
+    yield "C3", "a  student's KL over its explorer's, at the explorer's best", "<", 1 / 3, share
+    for method in filter(o.of, CONSTRAINED):
+        yield "C3", f"b  ceiling less that of {method}", ">", 0, o.best("erpd") - o.best(method)
+    efficiency = [o.efficiency("erpd", level) for level in o.levels]
+    for name, value in zip(LEVELS, efficiency):
+        yield "C3", f"c  KL efficiency {name} of the way", ">", 0.7, value
+    reached = [value for value in efficiency if not math.isnan(value)]
+    yield "C3", "c  KL efficiency at the best level", ">", 0.85, max(reached, default=math.nan)
+
+    if o.of("student"):
+        def student(path: str) -> dict:
+            return peak(o.of("student", path=path), "at")
+
+        unlearned, contrast = student("unlearned")["accuracy"], student("sapo, contrast")
+        after_256, teacher = contrast["accuracy"], o.one("sapo", lr=3e-5, at=contrast["at"])["accuracy"]
+        yield "C4", "a  student of the unlearned policy less the base", ">", 0.10, unlearned - o.base
+        yield "C4", "b  … less its teacher", ">", 0, unlearned - o.best("unlearned")
+        yield "C4", "c  student of the explorer after 256 updates less the base", ">", 0.10, after_256 - o.base
+        yield "C4", "d  … less its teacher", ">", 0, after_256 - teacher
+        several = o.worth(student("sapo + mse + nll, contrast"))
+        for loss in ("sapo", "mse", "nll"):
+            lead = several - o.worth(student(f"{loss}, contrast"))
+            yield "C5", f"efficiency of sapo + mse + nll less that of {loss} alone", ">", 0, lead
+    if o.of("control"):
+        lead = efficiency[1] - o.efficiency("control", o.levels[1])
+        yield "C4", "e  efficiency 1/2 of the way, less that of Â in place of δ_t", ">", 0, lead
+
+    rounds, imitated = ([row["accuracy"] for row in o.of(method)] for method in ("erpd rounds", "expert iteration"))
+    grpo = o.paths("grpo 8×")
+    end = max((path[-1]["accuracy"] for path in grpo), default=math.nan)
+    for k in range(1, len(rounds)):
+        yield "C6", f"a  round {k + 1} less round {k}", ">", 0, rounds[k] - rounds[k - 1]
+    if rounds and grpo:
+        yield "C6", "b  after 4 rounds, less GRPO's with twice the rollouts", ">", 0, rounds[-1] - end
+    if rounds and imitated:
+        yield "C6", "c  … less expert iteration's", ">", -0.01, rounds[-1] - imitated[-1]
+    for row in o.of("grpo, then erpd"):
+        yield "C6", "d  gain of a round after GRPO", ">", 0, row["accuracy"] - end
+
+    if grpo:
+        ways = [[(o.base, 0)] + [(row["accuracy"], row["rollouts"]) for row in path] for path in grpo]
+        theirs = min(min(first_crossing(way, o.levels[2]), way[-1][1]) for way in ways)  # at most all of them
+        ours = o.of("erpd")[0]["rollouts"] if o.best("erpd") >= o.levels[2] else math.inf
+        yield "C7", "rollouts to 2/3 of the way, ERPD's over GRPO's", "<", 0.5, ours / theirs
+    if stage == "rare" and o.of("control"):
+        control = o.of("control")[-1]  # at the ladder's third budget
+        ours = o.one("erpd", at=control["at"])
+        lead = ours["accuracy"] - control["accuracy"]
+        yield "C8", "a  accuracy at the third budget, less that of Â in place of δ_t", ">", 0.2, lead
+        lead = o.worth(ours) - o.worth(control)
+        yield "C8", "b  efficiency at the third budget, less that of Â in place of δ_t", ">", 0.3, lead
+
+
+def peak(rows: list[dict], by: str = "accuracy") -> dict:
+    return max(rows, key=lambda row: row[by])
+
+
+def leads(o: Outcome) -> Iterator[tuple]:
+    """C3, d and e: (what, opponent, lead over it), where the closest opponent counts."""
+    opponents = list(filter(o.of, OPPONENTS))
+    for name, level in zip(LEVELS, o.levels):
+        ours = o.efficiency("erpd", level)
+        for method in opponents:
+            yield f"d  {name} of the way, less the closest", method, ours - o.efficiency(method, level)
+    for method in opponents:
+        yield "e  ceiling less the closest's", method, o.best("erpd") - o.best(method)
+
+
+def by_seed(seeds: Iterable[Iterable[tuple]]) -> dict[tuple, list[float]]:
+    """The last of every tuple, of all seeds, by what stands before it."""
+    values: dict[tuple, list[float]] = {}
+    for found in seeds:
+        for *what, value in found:
+            values.setdefault(tuple(what), []).append(value)
+    return values
 
 
 def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
-    """Every statistic of the docstring, from the outcomes of all seeds of a stage."""
-    found: list[Statistic] = []
+    """Every statistic. The closest opponent is the one over which the lead is smallest, of those that can be compared
+    on 3 seeds."""
+    found = []
     for stage in ("main", "rare"):
-        found += of_stage(stage, [o for o in by_stage.get(stage, []) if o.of("erpd")])
+        seeds = by_stage.get(stage, [])
+        for (claim, what, side, threshold), values in by_seed(asked(o, stage) for o in seeds).items():
+            found.append(Statistic(f"{claim}, {stage}", what, values, side == ">", threshold))
+        closest: dict[str, Statistic] = {}
+        for (what, method), values in by_seed(map(leads, seeds)).items():
+            lead = Statistic(f"C3, {stage}", f"{what} ({method})", values, True, 0, every_seed=False)
+            if lead.seeds >= min(3, len(seeds)):
+                closest[what] = min(closest.get(what, lead), lead, key=lambda s: s.interval()[0])
+        found += closest.values()
     return sorted(found, key=lambda s: s.claim)
 
 
-def of_stage(stage: str, outcomes: list[Outcome]) -> list[Statistic]:
-    found: list[Statistic] = []
-
-    def ask(claim: str, what: str, value: Callable[[Outcome], float], above: bool, threshold: float,
-            needs: tuple[str, ...] = ()) -> None:
-        """A statistic of the seeds that have the methods that it needs: a run that was stopped has not all of them."""
-        some = [o for o in outcomes if all(o.of(method) for method in needs)]
-        if some:
-            found.append(Statistic(f"{claim}, {stage}", what, [value(o) for o in some], above, threshold))
-
-    def closest(claim: str, what: str, value: Callable[[Outcome, str], float]) -> None:
-        """The opponent over which the lead is smallest, of those that can be compared on enough seeds."""
-        leads = {}
-        for method in OPPONENTS:
-            values = [value(o, method) for o in outcomes if o.of(method)]
-            if sum(not math.isnan(v) for v in values) >= min(3, len(outcomes)) and values:
-                leads[method] = values
-        if leads:
-            first = min(leads, key=lambda method: mean_interval(leads[method])[0])
-            found.append(Statistic(f"{claim}, {stage}", f"{what} ({first})", leads[first], True, 0, every_seed=False))
-
-    def kept(o: Outcome, rows: list[dict]) -> float:
-        best = max(o.worth(row) for row in rows)
-        return o.worth(rows[-1]) / best if best else math.nan  # none of them better than the base
-
-    if stage == "main":
-        ask("C1", "a  best accuracy of 64 updates less the base's",
-            lambda o: peak([r for r in o.explorer() if r["at"] <= 64])["accuracy"] - o.base, True, 0.10)
-        ask("C1", "b  best accuracy less the last",
-            lambda o: peak(o.explorer())["accuracy"] - o.explorer()[-1]["accuracy"], True, 0.05)
-        ask("C1", "c  KL at the last update over KL at the best",
-            lambda o: o.explorer()[-1]["kl"] / peak(o.explorer())["kl"], True, 2)
-        ask("C1", "d  entropy at the last update over the base's",
-            lambda o: o.explorer()[-1]["entropy"] / o.entropy, False, 0.5)
-        for letter, method in (("a", "clip + KL 1"), ("b", "clip")):
-            ask("C2", f"{letter}  ceiling of sapo less that of {method}",
-                lambda o, method=method: o.best("sapo") - o.best(method), True, 0, (method,))
-        for letter, method in (("c", "clip"), ("d", "clip + KL 0.2")):
-            ask("C2", f"{letter}  efficiency of {method}, last update over best",
-                lambda o, method=method: kept(o, o.explorer(method)), False, 0.5, (method,))
-
-    ask("C3", "a  student's KL over its explorer's, at the explorer's best",
-        lambda o: o.kl_at("erpd", peak(o.explorer())["accuracy"]) / peak(o.explorer())["kl"], False, 1 / 3)
-    for method in CONSTRAINED:
-        ask("C3", f"b  ceiling less that of {method}",
-            lambda o, method=method: o.best("erpd") - o.best(method), True, 0, (method,))
-    for k, name in enumerate(LEVELS):
-        ask("C3", f"c  KL efficiency {name} of the way", lambda o, k=k: o.efficiency("erpd", o.levels[k]), True, 0.7)
-    ask("C3", "c  KL efficiency at the best level",
-        lambda o: max((e for a in o.levels if math.isfinite(e := o.efficiency("erpd", a))), default=math.nan),
-        True, 0.85)
-    for k, name in enumerate(LEVELS):
-        closest("C3", f"d  {name} of the way, less the closest",
-                lambda o, method, k=k: o.efficiency("erpd", o.levels[k]) - o.efficiency(method, o.levels[k]))
-    closest("C3", "e  ceiling less the closest's", lambda o, method: o.best("erpd") - o.best(method))
-
-    def student(o: Outcome, path: str) -> dict:
-        return max(o.of("student", path=path), key=lambda row: row["at"])
-
-    needs = ("student", "unlearned")
-    ask("C4", "a  student of the unlearned policy less the base",
-        lambda o: student(o, "unlearned")["accuracy"] - o.base, True, 0.10, needs)
-    ask("C4", "b  … less its teacher",
-        lambda o: student(o, "unlearned")["accuracy"] - o.best("unlearned"), True, 0, needs)
-    ask("C4", "c  student of the explorer after 256 updates less the base",
-        lambda o: student(o, "sapo, contrast")["accuracy"] - o.base, True, 0.10, needs)
-    ask("C4", "d  … less its teacher", lambda o: student(o, "sapo, contrast")["accuracy"]
-        - o.one("sapo", lr=3e-5, at=student(o, "sapo, contrast")["at"])["accuracy"], True, 0, needs)
-    ask("C4", "e  efficiency 1/2 of the way, less that of Â in place of δ_t",
-        lambda o: o.efficiency("erpd", o.levels[1]) - o.efficiency("control", o.levels[1]), True, 0, ("control",))
-    for loss in ("sapo", "mse", "nll"):
-        ask("C5", f"efficiency of sapo + mse + nll less that of {loss} alone",
-            lambda o, loss=loss: o.worth(student(o, "sapo + mse + nll, contrast"))
-            - o.worth(student(o, f"{loss}, contrast")), True, 0, ("student",))
-
-    def round_of(o: Outcome, k: int, method: str = "erpd rounds") -> float:
-        return o.one(method, at=k)["accuracy"]
-
-    for k in (1, 2, 3):
-        ask("C6", f"a  round {k + 1} less round {k}",
-            lambda o, k=k: round_of(o, k + 1) - round_of(o, k), True, 0, ("erpd rounds",))
-    ask("C6", "b  after 4 rounds, less GRPO's with twice the rollouts",
-        lambda o: round_of(o, 4) - long_grpo(o)[-1]["accuracy"], True, 0, ("erpd rounds", "grpo 8×"))
-    ask("C6", "c  … less expert iteration's",
-        lambda o: round_of(o, 4) - round_of(o, 4, "expert iteration"), True, -0.01, ("erpd rounds", "expert iteration"))
-    ask("C6", "d  gain of a round after GRPO",
-        lambda o: o.one("grpo, then erpd")["accuracy"] - long_grpo(o)[-1]["accuracy"], True, 0, ("grpo, then erpd",))
-
-    def rollouts_until(o: Outcome, level: float) -> float:
-        """Rollouts until GRPO reaches an accuracy, at its best learning rate; all of them where it does not."""
-        needed = []
-        for path in o.paths("grpo 8×"):
-            known = [(0, o.base)] + [(row["rollouts"], row["accuracy"]) for row in path]
-            needed.append(next((n0 + (level - a0) / (a1 - a0) * (n1 - n0)
-                                for (n0, a0), (n1, a1) in zip(known, known[1:]) if a0 < level <= a1), known[-1][0]))
-        return min(needed)
-
-    ask("C7", "rollouts to 2/3 of the way, ERPD's over GRPO's",
-        lambda o: (o.of("erpd")[0]["rollouts"] if o.best("erpd") >= o.levels[2] else math.inf)
-        / rollouts_until(o, o.levels[2]), False, 0.5, ("grpo 8×",))
-    if stage == "rare":
-        third = sorted({row["budget"] for o in outcomes for row in o.of("erpd")})[2:3]
-        for letter, what, of, more in (("a", "accuracy", lambda o, row: row["accuracy"], 0.2),
-                                       ("b", "efficiency", lambda o, row: o.worth(row), 0.3)):
-            ask("C8", f"{letter}  {what} at the third budget, less that of Â in place of δ_t",
-                lambda o, of=of: of(o, o.one("erpd", at=third[0])) - of(o, o.one("control", at=third[0])), True, more,
-                ("control",))
-    return found
+def shown(values: list[float], form: str = ".1%") -> str:
+    """The mean, with its interval where there is one."""
+    known = [value for value in values if not math.isnan(value)]
+    mean, half = mean_interval(known)
+    return f"{mean:{form}} ± {half:{form}}" if len(known) > 1 else f"{mean:{form}}" if known else "–"
 
 
-def long_grpo(o: Outcome) -> list[dict]:
-    return max(o.paths("grpo 8×"), key=lambda path: path[-1]["accuracy"])
-
-
-def percent(values: list[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:6.1%}" + (f" ± {half:.1%}" if len(values) > 1 else "")
-
-
-def report(by_stage: dict[str, list[Outcome]]) -> str:
-    lines, found = [], statistics(by_stage)
-    lines.append(f"{'claim':10} {'statistic':76} {'seeds':>5} {'mean':>7} {'95 % interval':>17} {'asked':>8}")
+def report(by_stage: dict[str, list[Outcome]]) -> None:
+    """Print the statistics, the verdicts, and the numbers of every method by stage."""
+    found = statistics(by_stage)
+    print(f"{'claim':10} {'statistic':76} {'seeds':>5} {'mean':>7} {'95 % interval':>17} {'asked':>8}")
     for s in found:
         mean, half = s.interval()
-        lines.append(f"{s.claim:10} {s.what:76} {s.seeds:5} {mean:7.3f} {mean - half:8.3f} –{mean + half:7.3f} "
-                     f"{'>' if s.above else '<'} {s.threshold:<5.3g} {'met' if s.met() else 'missed'}")
-    lines.append("")
+        print(f"{s.claim:10} {s.what:76} {s.seeds:5} {mean:7.3f} {mean - half:8.3f} –{mean + half:7.3f} "
+              f"{'>' if s.above else '<'} {s.threshold:<5.3g} {'met' if s.met() else 'missed'}")
+    print()
     for claim in dict.fromkeys(s.claim for s in found):
         met = [s.met() for s in found if s.claim == claim]
         verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
-        lines.append(f"{claim:10} {verdict:14} {sum(met)} of {len(met)} statistics")
-    for name, seeds in by_stage.items():
-        lines.append(f"\n{name}, seeds: {len(seeds)}. KL efficiency {', '.join(LEVELS)} of the way "
-                     "(seeds that reach it), and the ceiling")
-        lines.append(f"{'base':26} {'':84} {percent([o.base for o in seeds])}")
+        print(f"{claim:10} {verdict:14} {sum(met)} of {len(met)} statistics")
+    for stage, seeds in by_stage.items():
+        print(f"\n{stage}, seeds: {len(seeds)}, base {shown([o.base for o in seeds])}. KL efficiency "
+              f"{', '.join(LEVELS)} of the way (seeds that reach it), and the ceiling")
         for method in ("erpd", "erpd, unlearned", "control", *OPPONENTS):
-            some = [o for o in seeds if o.of(method)]
-            if some:
-                levels = [[o.efficiency(method, o.levels[k]) for o in some] for k in range(len(LEVELS))]
-                cells = [f"{mean_interval(v)[0]:6.2f} ± {mean_interval(v)[1]:.2f} ({sum(map(math.isfinite, v))})"
-                         if any(map(math.isfinite, v)) else f"{'–':>17}" for v in levels]
-                lines.append(f"{method:26} {'   '.join(cells):84} {percent([o.best(method) for o in some])}")
+            if any(o.of(method) for o in seeds):
+                print(f"{method:20}", end="")
+                for k in range(len(LEVELS)):
+                    values = [o.efficiency(method, o.levels[k]) for o in seeds]
+                    print(f"{shown(values, '.2f'):>16} ({sum(map(math.isfinite, values))})", end="")
+                print(f"{shown([o.best(method) for o in seeds]):>18}")
         for method in ("erpd rounds", "unlearned rounds", "expert iteration", "rounds, share 0.5", "rounds, share 0.9"):
-            some = [o for o in seeds if o.of(method)]
-            if some:
-                each = [[o.one(method, at=k) for o in some] for k in range(1, 5)]
-                lines.append(f"{method:26} " + "   ".join(
-                    f"{percent([r['accuracy'] for r in rows])} at {mean_interval([r['kl'] for r in rows])[0]:.2f}"
-                    for rows in each))
+            some = [o.of(method) for o in seeds if o.of(method)]
+            rounds = [f"{shown([row['accuracy'] for row in rows])} at {mean_interval([row['kl'] for row in rows])[0]:.2f}"
+                      for rows in zip(*some)]
+            if rounds:
+                print(f"{method:20} {'   '.join(rounds)}")
         rising = [f"{path} (seed {seed})" for seed, o in enumerate(seeds) for path in o.still_rising()]
-        lines.append(f"direct methods still rising at their end: {'; '.join(rising) or 'none'}")
-    return "\n".join(lines)
+        print(f"direct methods still rising at their end: {'; '.join(rising) or 'none'}")
 
 
 def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
@@ -294,65 +232,67 @@ def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- what is run
 
-def stage(name: str, seed: int, **more) -> Stage:
-    """64 problems × 16 completions, 16 updates a pass, unless said otherwise."""
-    settings = {f.name: more.pop(f.name) for f in fields(erpd.Config) if f.name in more}
-    defaults = {"model": EMBEDDED, "explore_updates": 256, "curve_samples": 4, "limit_samples": 64}
-    config = erpd.Config(**defaults | settings, seed=seed)
-    return Stage(name, config, **more)
+def config(seed: int, **more) -> erpd.Config:
+    """64 problems × 16 completions, 16 updates a pass, of the embedded policy, unless said otherwise."""
+    settings = {"model": TINY_BASE, "explore_updates": 256, "curve_samples": 4, "limit_samples": 64}
+    return erpd.Config(**settings | more, seed=seed)
 
 
-def sums(folder: Path) -> tuple[str, str]:
+RARE = {"model": LONG_BASE, "operands": 8, "max_new_tokens": 128, "curve_samples": 2}
+CELLS = {"256 prompts": {"problems": 256}, "16 prompts": {"problems": 16}, "2 operands": {"operands": 2}}
+CARRIES = {"3 carries": (3,), "2 carries": (2,), "at most 1 carry": (0, 1)}
+
+
+def stages() -> list[Stage]:
+    """Both main stages by seed, then the cells of the map."""
+    found = []
+    for seed in range(5):
+        found.append(Stage("main", config(seed), shares=(0.5, 0.9)))
+        found.append(Stage("rare", config(seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.6)))
+    few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.4, 1.0, 1.8)}
+    for seed in range(3):
+        for name in (*CELLS, *CARRIES):
+            settings = config(seed, test_problems=128, **CELLS.get(name, {}))
+            found.append(Stage(name, settings, carries=CARRIES.get(name, ()), **few))
+    return found
+
+
+def quick_stage() -> Stage:
+    """All jobs of the main stage at a tenth of the size."""
+    settings = config(0, problems=6, explore_batch=16, distill_batch=16, explore_updates=16, unlearn_updates=4,
+                      distill_updates=16, test_problems=24, limit_samples=16)
+    return Stage("main", settings, least=32, most=64, nll_least=32, shares=(0.5,))
+
+
+def sums(folder: Path) -> dict[str, str]:
     """Files of one-digit sums to train on (40 pairs of digits) and to test on (15 others), each pair in both orders.
     """
     pairs = [(a, b) for a in range(10) for b in range(a, 10)]
     random.Random(0).shuffle(pairs)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, some in ("train", pairs[:40]), ("test", pairs[40:]):
-        both = [(a, b) for a, b in some] + [(b, a) for a, b in some if a != b]
-        paths.append(folder / f"sums-{name}.jsonl")
-        rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in both]
-        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(paths[0]), str(paths[1])
+    files = {"data": folder / "sums-train.jsonl", "test_data": folder / "sums-test.jsonl"}
+    for file, some in zip(files.values(), (pairs[:40], pairs[40:])):
+        rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)}
+                for a, b in some + [(b, a) for a, b in some if a != b]]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(file) for name, file in files.items()}
 
 
 def language_model(model: str) -> list[Stage]:
     """The frontier, smaller, on a chat model with one-digit sums."""
-    train, test = sums(SCRATCH)
-    config = erpd.Config(
-        model=model, data=train, test_data=test, template="{question} Reply with the number only.", problems=12,
-        group=8, max_new_tokens=24, test_problems=27, test_samples=4, curve_samples=4, limit_samples=16,
-        explore_lr=1e-5, explore_batch=16, explore_updates=16, unlearn_updates=6, distill_lr=2e-5, distill_batch=8,
-        distill_updates=24, tokens_per_step=1100, sample_rows=256, precision="bf16")
-    return [Stage("SmolLM2", replace(config, seed=seed, run=""), rates=(1e-5,), least=16, nll_least=16, most=64,
-                  budgets=(), everything=False) for seed in range(2)]
+    settings = {
+        "template": "{question} Reply with the number only.", "problems": 12, "group": 8, "max_new_tokens": 24,
+        "test_problems": 27, "test_samples": 4, "limit_samples": 16, "explore_lr": 1e-5, "explore_batch": 16,
+        "explore_updates": 16, "unlearn_updates": 6, "distill_lr": 2e-5, "distill_batch": 8, "distill_updates": 24,
+        "tokens_per_step": 1100, "sample_rows": 256, "precision": "bf16"}
+    return [Stage("SmolLM2", config(seed, model=model, **sums(SCRATCH), **settings), rates=(1e-5,), least=16,
+                  nll_least=16, most=64, budgets=(), everything=False) for seed in range(2)]
 
 
-RARE = {"model": LONG_BASE, "operands": 8, "max_new_tokens": 128, "curve_samples": 2, "budgets": (0.6, 1.2, 2.0, 2.6)}
-CELLS = {"256 prompts": {"problems": 256}, "16 prompts": {"problems": 16}, "2 operands": {"operands": 2},
-         "3 carries": {"carries": (3,)}, "2 carries": {"carries": (2,)}, "at most 1 carry": {"carries": (0, 1)}}
-
-
-def stages() -> list[Stage]:
-    """Both main stages by seed, then the cells of the map."""
-    full = [s for seed in range(5) for s in (stage("main", seed, shares=(0.5, 0.9)), stage("rare", seed, **RARE))]
-    few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.4, 1.0, 1.8), "test_problems": 128}
-    return full + [stage(name, seed, **few, **more) for seed in range(3) for name, more in CELLS.items()]
-
-
-def quick_stage() -> Stage:
-    """All jobs of the main stage at a tenth of the size."""
-    return stage("main", 0, problems=6, explore_batch=16, distill_batch=16, explore_updates=16, unlearn_updates=4,
-                 distill_updates=16, test_problems=24, limit_samples=16, least=32, most=64, nll_least=32,
-                 shares=(0.5,))
-
-
-def work(stage: Stage, results: Path, folder: Path) -> str:
+def work(stage: Stage, results: Path, folder: Path) -> None:
     """In a process of its own: one stage on one core, or on the GPU."""
     torch.set_num_threads(1)
     experiments.run_stage(stage, results, folder, told=lambda job: print(f"{stage.key}: {job}", file=sys.stderr))
-    return stage.key
 
 
 def run(wanted: list[Stage], results: Path, folder: Path, workers: int) -> None:
@@ -360,15 +300,12 @@ def run(wanted: list[Stage], results: Path, folder: Path, workers: int) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # read by the processes that start here
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = [pool.submit(work, stage, results, folder) for stage in wanted]
-        with tqdm(as_completed(futures), total=len(futures), desc="stages", unit="stage") as bar:
-            for future in bar:
-                bar.set_postfix_str(f"{future.result()} is there")
+        list(pool.map(partial(work, results=results, folder=folder), wanted))
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true",
                         help="draw, and run one seed at a tenth of the size in a scratch folder")
@@ -380,15 +317,21 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.quick:
         with TemporaryDirectory() as scratch:
-            run([quick_stage()], Path(scratch) / "claims.jsonl", Path(scratch), 1)
-            print(report(outcomes(Path(scratch) / "claims.jsonl")))
+            results = Path(scratch) / "claims.jsonl"
+            run([quick_stage()], results, Path(scratch), 1)
+            report(outcomes(results))
     else:
         every = stages() + (language_model(arguments.model) if arguments.model else [])
-        if unknown := set(arguments.only or ()) - {s.name for s in every}:
-            names = ", ".join(dict.fromkeys(s.name for s in every))
-            parser.error(f"--only {unknown.pop()!r} is no stage: choose from {names}")
-        wanted = [s for s in every if arguments.only is None or s.name in arguments.only]
-        run(wanted, RESULTS, SCRATCH, arguments.workers)
-        print(report(outcomes(RESULTS)))
-        write_verdicts(outcomes(RESULTS), VERDICTS)
+        names = list(dict.fromkeys(stage.name for stage in every))
+        wanted = names if arguments.only is None else arguments.only
+        for name in wanted:
+            if name not in names:
+                parser.error(f"--only {name!r} is no stage: choose from {', '.join(names)}")
+        run([stage for stage in every if stage.name in wanted], RESULTS, SCRATCH, arguments.workers)
+        report(outcomes(RESULTS))
+        write_verdicts(outcomes(RESULTS), HERE / "results" / "verdicts.json")
     claims_figures.draw(outcomes(RESULTS))
+
+
+if __name__ == "__main__":
+    main()

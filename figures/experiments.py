@@ -6,12 +6,12 @@ of a stage share the stored batch and the held-out problems. The rows of a job a
 line each, and a job that has rows is not run again.
 """
 
+import copy
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -20,12 +20,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import erpd  # noqa: E402
-import kl  # noqa: E402
-import rollout  # noqa: E402
-from rewards import Problem, load_problems  # noqa: E402
+import erpd
+import kl
+import rollout
+from rewards import Problem
 
 STEPS_BACK = (0.25, 0.5, 0.75, 0.9)  # of the interpolations; the policy itself, 1, is on its own path
 FALLEN = -5.0  # a stored completion has fallen when log π_θ/π_0 of it is below this, nats
@@ -97,53 +95,32 @@ class Combined(torch.nn.Module):
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
-@dataclass
 class Bench:
     """One stage at work. `folder` keeps what is only a means: weights of checkpoints."""
 
-    stage: Stage
-    folder: Path
-    rows: list[dict] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.config = self.stage.config
+    def __init__(self, stage: Stage, folder: Path, rows: list[dict]):
+        self.stage, self.config, self.folder, self.rows = stage, stage.config, folder, rows
         self.seed = self.config.seed * 1000 + 1  # of the first round, as in erpd.run
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.problems, self.held_out = self.draw()
+        self.base, self.tokenizer = self.load()
 
     # ------------------------------------------------------------------------------------------- problems and policies
 
-    @cached_property
-    def policy(self):
+    def draw(self) -> tuple[list[Problem], list[Problem]]:
+        """(problems to train on, those held out). Of the first, the stored batch's come first; more are for rounds and
+        GRPO."""
+        config, wanted = replace(self.config, rounds=8 if self.stage.everything else 1), self.stage.carries
+        if not wanted:
+            return erpd.problems_of(config)
+        many = replace(config, problems=40 * config.problems, test_problems=40 * config.test_problems)
+        train, test = ([p for p in some if carries(p.question) in wanted] for some in erpd.problems_of(many))
+        return train[:config.problems], test[:config.test_problems]
+
+    def load(self):
+        """(base policy, tokenizer)."""
         base, tokenizer = rollout.load_policy(self.config.model, "cuda" if torch.cuda.is_available() else "cpu")
         return base.requires_grad_(False), tokenizer
-
-    @property
-    def base(self):
-        return self.policy[0]
-
-    @property
-    def tokenizer(self):
-        return self.policy[1]
-
-    def draw(self, split: str, count: int) -> list[Problem]:
-        config, source = self.config, self.config.data
-        if split == "test" and config.test_data:
-            source = config.test_data
-        more = {"seed": config.seed, "operands": config.operands, "divide": not config.test_data}
-        if not self.stage.carries:
-            return load_problems(source, split, count, **more)
-        some = load_problems(source, split, 40 * count, **more)
-        return [p for p in some if carries(p.question) in self.stage.carries][:count]
-
-    @cached_property
-    def problems(self) -> list[Problem]:
-        """The stored batch's come first; `everything` asks for more rounds, and for GRPO with eight times the
-        rollouts."""
-        return self.draw("train", self.config.problems * (8 if self.stage.everything else 1))
-
-    @cached_property
-    def held_out(self) -> list[Problem]:
-        return self.draw("test", self.config.test_problems)
 
     @cached_property
     def batch(self) -> tuple[rollout.Rollouts, Tensor]:
@@ -170,10 +147,21 @@ class Bench:
         self.rows.append(row)
         return row
 
-    def fallen(self, model) -> float:
-        """Share of the stored completions whose probability fell by a factor of e^5."""
-        log_ratio = (self.score(model) - self.rollouts.log_probs) * self.rollouts.mask
-        return (log_ratio.sum(1) < FALLEN).float().mean().item()
+    def limit(self) -> None:
+        """The base's row, from many samples: its pass rates give the limit."""
+        self.measure(self.base, self.config.limit_samples, method="base", path="base", at=0)
+
+    def policy(self, name: str, again: Callable, at: int | None = None):
+        """What a job left in the folder, `at` an update where it left several. Where it is gone the job runs again, and
+        its rows do not count."""
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            counted = len(self.rows)
+            again()
+            del self.rows[counted:]
+        weights, model = torch.load(path, weights_only=True), copy.deepcopy(self.base)
+        model.load_state_dict(weights[at] if at else weights)
+        return model
 
     # ----------------------------------------------------------------------------------------------- the direct methods
 
@@ -191,29 +179,29 @@ class Bench:
             model = erpd.explore(self.base, *self.batch, config, loss=loss, updates=updates, seed=self.seed + done,
                                  start=start)
             done += updates
+            # The share of the stored completions whose probability fell by a factor of e^5.
+            log_ratio = (self.score(model) - self.rollouts.log_probs) * self.rollouts.mask
+            fallen = (log_ratio.sum(1) < FALLEN).float().mean().item()
             row = self.measure(model, self.config.curve_samples, method=loss + (" + KL" if kl_coef else ""), at=done,
                                path=f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else ""), lr=lr, kl_coef=kl_coef,
-                               fallen=self.fallen(model), rollouts=len(self.rollouts))
+                               fallen=fallen, rollouts=len(self.rollouts))
             if self.stage.all_weights or row["accuracy"] > best:
                 kept = kept if self.stage.all_weights else {}
-                kept[done] = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+                kept[done] = copy.deepcopy(model.state_dict())
                 best = row["accuracy"]
             if done >= least and row["accuracy"] <= last:
                 break
             last = row["accuracy_interval"][1]
         torch.save(kept, self.folder / f"{loss}-{lr:g}-{kl_coef:g}.pt")
 
-    def checkpoint(self, loss: str, lr: float, at: int):
-        """The policy of a path after `at` updates. Its path is run again where its weights are gone."""
-        path = self.folder / f"{loss}-{lr:g}-0.pt"
-        if not path.exists():
-            type(self)(self.stage, self.folder).until_it_stops(loss, lr)
-        return self.revive(torch.load(path, weights_only=True)[at])
+    def direct(self, loss: str, kl_coef: float = 0.0) -> dict[str, Callable]:
+        """The jobs of a direct method, by learning rate."""
+        penalty = f" KL {kl_coef:g}" if kl_coef else ""
+        return {f"{loss} {lr:g}{penalty}": partial(self.until_it_stops, loss, lr, kl_coef) for lr in self.stage.rates}
 
-    def revive(self, weights: dict):
-        model, _ = erpd.trainable(self.base, 1.0)
-        model.load_state_dict(weights)
-        return model.requires_grad_(False)
+    def checkpoint(self, loss: str, lr: float, at: int):
+        """The policy of a path after `at` updates."""
+        return self.policy(f"{loss}-{lr:g}-0", partial(self.until_it_stops, loss, lr), at)
 
     def temperatures(self, *values: float) -> None:
         for temperature in values:
@@ -229,43 +217,41 @@ class Bench:
                 kl.interpolated(self.base, model, share)
             self.measure(between, method=f"{kind}: {loss}", path=f"lr {best['lr']:g}, update {best['at']}", at=share)
 
-    def grpo(self, lr: float, times: int, tell: bool = True):
-        """On-policy GRPO with `times` as many rollouts as the stored batch."""
-        path, count = self.folder / f"grpo-{lr:g}-{times}.pt", self.config.problems * times
-        if path.exists() and not tell:
-            return self.revive(torch.load(path, weights_only=True))
-        config = replace(self.config, explore_lr=lr)
-        steps = -(-count // max(1, config.explore_batch // config.group))
+    def grpo(self, lr: float, times: int) -> None:
+        """On-policy GRPO with `times` as many rollouts as the stored batch, measured from a quarter of them on."""
+        config, problems = replace(self.config, explore_lr=lr), self.problems[:self.config.problems * times]
+        steps = -(-len(problems) // max(1, config.explore_batch // config.group))
 
         def watch(_, model, update: int) -> None:
-            if tell and update >= steps // 4:
+            if update >= steps // 4:
                 self.measure(model, method="grpo" if times == 1 else f"grpo {times}×", path=f"lr {lr:g}", at=update,
-                             lr=lr, rollouts=update * count // steps * config.group)
+                             lr=lr, rollouts=update * len(problems) // steps * config.group)
 
-        model = erpd.grpo(self.base, self.tokenizer, self.problems[:count], config, seed=self.config.seed, watch=watch)
-        torch.save(model.state_dict(), path)
-        return model
+        model = erpd.grpo(self.base, self.tokenizer, problems, config, seed=self.config.seed, watch=watch)
+        torch.save(model.state_dict(), self.folder / f"grpo-{lr:g}-{times}.pt")
 
     # --------------------------------------------------------------------------------------------------------- ERPD
 
-    @cached_property
-    def log_unlearned(self) -> Tensor:
-        return self.score(self.unlearned(self.rollouts, self.batch[1]))
-
     def unlearned(self, rollouts: rollout.Rollouts, advantage: Tensor):
+        """The policy that is taught the reverse."""
         config = self.config
         return erpd.explore(self.base, replace(rollouts, rewards=1 - rollouts.rewards), -advantage, config,
                             loss=config.unlearn_loss, updates=config.unlearn_updates, seed=self.seed)
 
-    def tell_unlearned(self) -> None:
-        self.measure(self.unlearned(*self.batch), method="unlearned", path="unlearned", at=self.config.unlearn_updates)
+    @cached_property
+    def log_unlearned(self) -> Tensor:
+        return self.score(self.unlearned(*self.batch))
 
-    def signal(self, kind: str = "contrast", loss: str = "sapo", lr: float | None = None,
-               at: int | None = None) -> Tensor:
-        """δ_t [B, T] of an explorer at one of its checkpoints; by default SAPO's after `least` updates."""
-        lr, at = lr or self.config.explore_lr, at or self.stage.least
-        teacher = None if kind == "unlearned" else self.score(self.checkpoint(loss, lr, at))
-        unlearned = None if kind == "teacher" else self.log_unlearned
+    def signal(self, kind: str = "contrast", loss: str = "sapo", lr: float = 0.0, at: int = 0) -> Tensor:
+        """δ_t [B, T] of an explorer at one of its checkpoints, by default SAPO's after `least` updates; or, as the
+        control, Â at every token."""
+        if kind == "control":
+            return self.batch[1][:, None] * self.rollouts.mask
+        teacher, unlearned = None, None
+        if kind != "unlearned":
+            teacher = self.score(self.checkpoint(loss, lr or self.config.explore_lr, at or self.stage.least))
+        if kind != "teacher":
+            unlearned = self.log_unlearned
         return erpd.token_signal(kind, self.rollouts.log_probs, teacher, unlearned)
 
     def student(self, signal: Tensor, budget: float, **about) -> None:
@@ -276,34 +262,26 @@ class Bench:
                                             self.seed)
         self.measure(student, **{"at": budget, **about}, budget=budget, spent=spent, rollouts=len(self.rollouts))
 
-    def ladder(self, method: str, kind: str) -> None:
-        """Students at the stage's budgets; the control, whose signal is Â at every token, at the middle ones."""
-        signal, budgets = self.signal(kind) if kind != "control" else None, self.stage.budgets
-        if kind == "control":
-            signal, budgets = self.batch[1][:, None] * self.rollouts.mask, budgets[1:3]
+    def ladder(self, method: str, kind: str, budgets: tuple[float, ...]) -> None:
+        """Students at several budgets; where none is given, at the round's own."""
+        signal = self.signal(kind)
         for budget in budgets or [erpd.round_budget(self.rollouts, self.config)]:
             self.student(signal, budget, method=method, path=kind)
 
-    @property
-    def middle(self) -> float:
-        return self.stage.budgets[1]
-
-    def drifted(self) -> list[tuple[str, float, int]]:
-        """(loss, learning rate, updates) of the teachers: SAPO's from early to collapsed, one of each other loss."""
-        least, slow, fast = self.stage.least, self.config.explore_lr, self.stage.rates[-2]
-        return [("sapo", slow, least // 16), ("sapo", slow, least // 4), ("ce", fast, least // 2),
-                ("sapo", slow, least), ("mse", fast, least // 2), ("nll", fast, self.stage.nll_least)]
-
     def teachers(self) -> None:
         """Students of teachers from strong to collapsed, by every signal, at one budget; and of several teachers."""
-        for loss, lr, at in self.drifted():
+        least, slow, fast = self.stage.least, self.config.explore_lr, self.stage.rates[-2]
+        student = partial(self.student, budget=self.stage.budgets[1], method="student")
+        # SAPO's from early to collapsed, one of each other loss; the last three also together.
+        drifted = [("sapo", slow, least // 16), ("sapo", slow, least // 4), ("ce", fast, least // 2),
+                   ("sapo", slow, least), ("mse", fast, least // 2), ("nll", fast, self.stage.nll_least)]
+        for loss, lr, at in drifted:
             for kind in ("teacher", "contrast") if loss in ("sapo", "nll") else ("contrast",):
-                self.student(self.signal(kind, loss, lr, at), self.middle, method="student", path=f"{loss}, {kind}",
-                             kind=kind, teacher=loss, lr=lr, at=at)
-        self.student(self.signal("unlearned"), self.middle, method="student", path="unlearned", kind="unlearned", at=0)
-        several = [self.signal("contrast", loss, lr, at) for loss, lr, at in self.drifted()[-3:]]
-        self.student(erpd.combine_signals(several, [1, 1, 1], self.rollouts.mask), self.middle, method="student",
-                     path="sapo + mse + nll, contrast", kind="contrast", teacher="sapo + mse + nll", at=0)
+                student(self.signal(kind, loss, lr, at), path=f"{loss}, {kind}", kind=kind, teacher=loss, lr=lr, at=at)
+        student(self.signal("unlearned"), path="unlearned", kind="unlearned", at=0)
+        several = [self.signal("contrast", *teacher) for teacher in drifted[-3:]]
+        student(erpd.combine_signals(several, [1, 1, 1], self.rollouts.mask), path="sapo + mse + nll, contrast",
+                kind="contrast", teacher="sapo + mse + nll", at=0)
 
     def crossed(self) -> None:
         """The contrast, where each half of the problems is scored by teachers that saw only the other half."""
@@ -318,31 +296,29 @@ class Bench:
             half = erpd.token_signal("contrast", scored.log_probs, self.score(teacher, scored),
                                      self.score(unlearned, scored))
             signal[other, :half.shape[1]] = half
-        self.student(signal, self.middle, method="student", path="sapo, contrast, crossed", kind="crossed",
+        self.student(signal, self.stage.budgets[1], method="student", path="sapo, contrast, crossed", kind="crossed",
                      teacher="sapo", lr=self.config.explore_lr, at=self.stage.least)
 
     # ------------------------------------------------------------------------------------------------------- rounds
 
-    def rounds(self, method: str, one: Callable | None = None, start=None, before: int = 0, count: int = 4,
-               **settings) -> None:
-        """Rounds, each from the last one's student with new problems and the budget of its own limit.
-
-        From another `start`, GRPO's end, the problems are the last ones that it saw.
-        """
-        base, size, told = start or self.base, self.config.problems, {}
-        config = replace(self.config, kl_budget="auto", **settings)
-        for this_round in range(1, count + 1):
-            problems = self.problems[-this_round * size:][:size] if start else \
-                self.problems[(this_round - 1) * size:][:size]
-            base = (one or erpd.one_round)(base, self.tokenizer, problems, config, seed=self.seed + this_round - 1,
-                                           watch=lambda *_, **about: told.update(about))
-            self.measure(base, method=method, path=method, at=this_round, budget=told["kl_budget"],
-                         rollouts=before + this_round * size * config.group)
+    def rounds(self, method: str, one: Callable = erpd.one_round, count: int = 4, base=None,
+               problems: list[Problem] | None = None, before: int = 0, **settings) -> None:
+        """Rounds, each from the last one's student with new problems and the budget of its own limit. `before`: what
+        another `base` took, in rollouts."""
+        base, problems, told = base or self.base, problems or self.problems, {}
+        size, config = self.config.problems, replace(self.config, kl_budget="auto", **settings)
+        for k in range(count):
+            base = one(base, self.tokenizer, problems[k * size:(k + 1) * size], config, seed=self.seed + k,
+                       watch=lambda *_, **about: told.update(about))
+            self.measure(base, method=method, path=method, at=k + 1, budget=told["kl_budget"],
+                         rollouts=before + (k + 1) * size * config.group)
 
     def after_grpo(self) -> None:
-        """One round of ERPD from the policy where eight times the rollouts of GRPO ended."""
+        """One round of ERPD from the policy where eight times the rollouts of GRPO ended, on the last problems of it."""
         best = max((r for r in self.rows if r["method"] == "grpo 8×"), key=lambda r: (r["rollouts"], r["accuracy"]))
-        self.rounds("grpo, then erpd", start=self.grpo(best["lr"], 8, tell=False), before=best["rollouts"], count=1)
+        base = self.policy(f"grpo-{best['lr']:g}-8", partial(self.grpo, best["lr"], 8))
+        self.rounds("grpo, then erpd", count=1, base=base, problems=self.problems[-self.config.problems:],
+                    before=best["rollouts"])
 
 
 def round_with(share: float, base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable):
@@ -365,31 +341,34 @@ def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int
 
 def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
     """Every job of a stage by name, in the order in which they build on one another."""
-    stage, config, full = bench.stage, bench.config, bench.stage.everything
-    plan: dict[str, Callable[[], object]] = {
-        "base": lambda: bench.measure(bench.base, config.limit_samples, method="base", path="base", at=0)}
-    for loss in ("sapo", "nll", "mse", "ce", "clip") if full else ("sapo", "nll"):
-        plan |= {f"{loss} {lr:g}": partial(bench.until_it_stops, loss, lr) for lr in stage.rates}
-    plan |= {"unlearned policy": bench.tell_unlearned, "erpd": partial(bench.ladder, "erpd", "contrast"),
-             "erpd, unlearned": partial(bench.ladder, "erpd, unlearned", "unlearned"),
+    stage, config = bench.stage, bench.config
+    plan: dict[str, Callable[[], object]] = {"base": bench.limit}
+    for loss in ("sapo", "nll", "mse", "ce", "clip") if stage.everything else ("sapo", "nll"):
+        plan |= bench.direct(loss)
+    plan |= {"unlearned policy": lambda: bench.measure(bench.unlearned(*bench.batch), method="unlearned",
+                                                       path="unlearned", at=config.unlearn_updates),
+             "erpd": partial(bench.ladder, "erpd", "contrast", stage.budgets),
+             "erpd, unlearned": partial(bench.ladder, "erpd, unlearned", "unlearned", stage.budgets),
              "weights: nll": partial(bench.steps_back, "nll", "weights"),
              "weights: sapo": partial(bench.steps_back, "sapo", "weights")}
-    if full:
-        plan["control"] = partial(bench.ladder, "control", "control")
-        plan |= {f"grpo 8× {lr:g}": partial(bench.grpo, lr, 8) for lr in stage.rates}
-        plan |= {f"grpo {lr:g}": partial(bench.grpo, lr, 1) for lr in stage.rates}
-        plan |= {"rounds": partial(bench.rounds, "erpd rounds"),
-                 "unlearned rounds": partial(bench.rounds, "unlearned rounds", signal="unlearned"),
-                 "expert iteration": partial(bench.rounds, "expert iteration", imitation_round,
-                                             explore_lr=stage.rates[-1]),
-                 "after grpo": bench.after_grpo, "teachers": bench.teachers, "crossed": bench.crossed,
-                 "weights: mse": partial(bench.steps_back, "mse", "weights"),
-                 "logits: nll": partial(bench.steps_back, "nll", "logits"),
-                 "temperature": partial(bench.temperatures, 0.3, 0.7, 1.3)}
-        plan |= {f"{loss} {lr:g} KL {c:g}": partial(bench.until_it_stops, loss, lr, c)
-                 for lr in stage.rates for loss, c in (("sapo", 0.2), ("clip", 0.2), ("clip", 1.0))}
-    plan |= {f"rounds, share {share:g}": partial(bench.rounds, f"rounds, share {share:g}", partial(round_with, share))
-             for share in stage.shares}
+    if not stage.everything:
+        return plan
+    plan["control"] = partial(bench.ladder, "control", "control", stage.budgets[1:3])
+    for times, name in (8, "grpo 8×"), (1, "grpo"):
+        plan |= {f"{name} {lr:g}": partial(bench.grpo, lr, times) for lr in stage.rates}
+    plan |= {"rounds": partial(bench.rounds, "erpd rounds"),
+             "unlearned rounds": partial(bench.rounds, "unlearned rounds", signal="unlearned"),
+             "expert iteration": partial(bench.rounds, "expert iteration", imitation_round,
+                                         explore_lr=stage.rates[-1]),
+             "after grpo": bench.after_grpo, "teachers": bench.teachers, "crossed": bench.crossed,
+             "weights: mse": partial(bench.steps_back, "mse", "weights"),
+             "logits: nll": partial(bench.steps_back, "nll", "logits"),
+             "temperature": partial(bench.temperatures, 0.3, 0.7, 1.3)}
+    for loss, kl_coef in ("sapo", 0.2), ("clip", 0.2), ("clip", 1.0):
+        plan |= bench.direct(loss, kl_coef)
+    for share in stage.shares:
+        name = f"rounds, share {share:g}"
+        plan[name] = partial(bench.rounds, name, partial(round_with, share))
     return plan
 
 

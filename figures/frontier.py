@@ -51,6 +51,17 @@ def ways(rows: Sequence[dict]) -> dict[str, list[list[dict]]]:
     return {name: list(of_rounds.values()) for name, of_rounds in found.items()}
 
 
+def percent(axis) -> None:
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def legend(axes, **look) -> None:
+    """Each label once."""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    axes.legend(once.values(), once.keys(), **look)
+
+
 def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
     """The rows of each run by its name: every policy's way in each round, thin; its ends, large, with their intervals;
     the way of what goes from round to round, thick; and the limit.

@@ -1,15 +1,14 @@
 """What the claims and their pictures ask of the measured rows of a stage at one seed: levels, paths, KL efficiency."""
 
 import math
-import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributions import Beta
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import kl  # noqa: E402
-from figures.experiments import measured  # noqa: E402
+import kl
+from figures.experiments import measured
 
 LEVELS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6}  # of the way from the base's accuracy to 1
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, by degrees of freedom
@@ -25,7 +24,11 @@ class Outcome:
         self.base, self.entropy, self.samples = base["accuracy"], base["entropy"], base["samples"]
         self.right = (torch.tensor(base["pass_rates"], dtype=torch.float64) * self.samples).round()
         self.limit = kl.least_kl(kl.smoothed(self.right, self.samples), points=2000)
-        self.levels = [self.base + share * (1 - self.base) for share in LEVELS.values()]
+        self.levels = [self.level(share) for share in LEVELS.values()]
+
+    def level(self, share: float) -> float:
+        """The accuracy a share of the way from the base's to 1."""
+        return self.base + share * (1 - self.base)
 
     def limits(self, draws: int = 200) -> list[tuple[list[float], list[float]]]:
         """The limit for pass rates drawn from what the base's samples leave open (Jeffreys' posterior, as smoothed)."""
@@ -39,10 +42,6 @@ class Outcome:
     def one(self, method: str, **fields) -> dict:
         return self.of(method, **fields)[0]
 
-    def explorer(self, method: str = "sapo", lr: float = 3e-5) -> list[dict]:
-        """An explorer's checkpoints by update."""
-        return sorted(self.of(method, lr=lr), key=lambda row: row["at"])
-
     def paths(self, method: str) -> list[list[dict]]:
         """The rows of a method path by path, each in the order in which it leads away from the base."""
         paths: dict[str, list[dict]] = {}
@@ -52,9 +51,13 @@ class Outcome:
         return [sorted(path, key=lambda row: -row["at"] if name == "colder" else row["at"])
                 for name, path in paths.items()]
 
-    def best(self, *methods: str) -> float:
+    def best_path(self, method: str) -> list[dict]:
+        """The path that ends highest."""
+        return max(self.paths(method), key=lambda path: path[-1]["accuracy"])
+
+    def best(self, method: str) -> float:
         """The ceiling: the highest accuracy on a method's paths."""
-        return max((row["accuracy"] for method in methods for row in self.of(method)), default=math.nan)
+        return max((row["accuracy"] for row in self.of(method)), default=math.nan)
 
     def kl_at(self, method: str, accuracy: float) -> float:
         """The least KL at which a path of the method reaches an accuracy; infinite where none does."""
@@ -62,7 +65,7 @@ class Outcome:
 
     def least(self, accuracy: float) -> float:
         """The KL of the limit at an accuracy."""
-        return interpolate(accuracy, *self.limit)
+        return float(np.interp(accuracy, *self.limit, right=math.inf))
 
     def efficiency(self, method: str, level: float) -> float:
         """KL of the limit over the method's KL at an accuracy; NaN where no path of it gets there."""
@@ -75,32 +78,25 @@ class Outcome:
 
     def still_rising(self) -> list[str]:
         """Paths of direct methods whose last checkpoint is above the last but one's interval: they end too early."""
-        found = []
-        for method in {row["method"] for row in self.rows if "fallen" in row}:
-            for path in self.paths(method):
-                if len(path) > 1 and path[-1]["accuracy"] > path[-2]["accuracy_interval"][1]:
-                    found.append(f"{method}, {path[-1]['path']}, update {path[-1]['at']}")
-        return found
+        return [f"{method}, {path[-1]['path']}, update {path[-1]['at']}"
+                for method in {row["method"]: None for row in self.rows if "fallen" in row}
+                for path in self.paths(method)
+                if len(path) > 1 and path[-1]["accuracy"] > path[-2]["accuracy_interval"][1]]
 
 
-def interpolate(x: float, xs: list[float], ys: list[float]) -> float:
-    """y at x on the line through points with rising xs; infinite beyond the last."""
-    for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:]):
-        if x0 <= x <= x1:
-            return y0 + (x - x0) / max(x1 - x0, 1e-12) * (y1 - y0)
-    return ys[0] if x < xs[0] else math.inf
+def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:
+    """x where the line through points (accuracy, x) first rises to an accuracy; infinite where it never does."""
+    for (a0, x0), (a1, x1) in zip(points, points[1:]):
+        if a0 < accuracy <= a1:
+            return x0 + (accuracy - a0) / (a1 - a0) * (x1 - x0)
+    return math.inf
 
 
 def kl_on_path(path: list[dict], start: float, accuracy: float) -> float:
     """KL where a path from the base (accuracy `start`, KL 0) first reaches an accuracy; between points linear in √KL.
     """
-    reached, root = start, 0.0
-    for row in path:
-        after = math.sqrt(max(0.0, row["kl"]))
-        if reached < accuracy <= row["accuracy"]:
-            return (root + (accuracy - reached) / (row["accuracy"] - reached) * (after - root)) ** 2
-        reached, root = row["accuracy"], after
-    return math.inf
+    roots = [(row["accuracy"], math.sqrt(max(0.0, row["kl"]))) for row in path]
+    return first_crossing([(start, 0.0), *roots], accuracy) ** 2
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
