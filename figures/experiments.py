@@ -103,7 +103,7 @@ class Bench:
         self.seed = self.config.seed * 1000 + 1  # of the first round, as in erpd.run
         folder.mkdir(parents=True, exist_ok=True)
         self.problems, self.held_out = self.draw()
-        self.base, self.tokenizer = self.load()
+        self.base, self.tokenizer = self.load(self.config.model)
 
     # ------------------------------------------------------------------------------------------- problems and policies
 
@@ -117,9 +117,9 @@ class Bench:
         train, test = ([p for p in some if carries(p.question) in wanted] for some in erpd.problems_of(many))
         return train[:config.problems], test[:config.test_problems]
 
-    def load(self):
+    def load(self, name: str):
         """(base policy, tokenizer)."""
-        base, tokenizer = rollout.load_policy(self.config.model, "cuda" if torch.cuda.is_available() else "cpu")
+        base, tokenizer = rollout.load_policy(name, "cuda" if torch.cuda.is_available() else "cpu")
         return base.requires_grad_(False), tokenizer
 
     @cached_property
@@ -135,11 +135,13 @@ class Bench:
     def score(self, model, rollouts: rollout.Rollouts | None = None) -> Tensor:
         return rollout.score(model, rollouts or self.rollouts, self.config.temperature, self.config.tokens_per_step)
 
+    def evaluate(self, model, problems: list[Problem], samples: int) -> dict:
+        return rollout.evaluate(model, self.base, self.tokenizer, problems, samples, seed=self.config.seed,
+                                tokens_per_step=self.config.tokens_per_step, **self.config.sampling)
+
     def measure(self, model, samples: int | None = None, **about) -> dict:
         """A row: the policy's accuracy and KL to the first base on fresh samples of its own, and `about` it."""
-        numbers = rollout.evaluate(model, self.base, self.tokenizer, self.held_out,
-                                   samples or self.config.test_samples, seed=self.config.seed,
-                                   tokens_per_step=self.config.tokens_per_step, **self.config.sampling)
+        numbers = self.evaluate(model, self.held_out, samples or self.config.test_samples)
         if model is not self.base:
             numbers.pop("pass_rates")
         row = about | {name: [round(v, 5) for v in x] if isinstance(x, list) else round(x, 5)
@@ -314,7 +316,7 @@ class Bench:
                          rollouts=before + (k + 1) * size * config.group)
 
     def after_grpo(self) -> None:
-        """One round of ERPD from the policy where eight times the rollouts of GRPO ended, on the last problems of it."""
+        """One round of ERPD from where eight times the rollouts of GRPO ended, on its last problems."""
         best = max((r for r in self.rows if r["method"] == "grpo 8×"), key=lambda r: (r["rollouts"], r["accuracy"]))
         base = self.policy(f"grpo-{best['lr']:g}-8", partial(self.grpo, best["lr"], 8))
         self.rounds("grpo, then erpd", count=1, base=base, problems=self.problems[-self.config.problems:],

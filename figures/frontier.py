@@ -51,8 +51,8 @@ def ways(rows: Sequence[dict]) -> dict[str, list[list[dict]]]:
     return {name: list(of_rounds.values()) for name, of_rounds in found.items()}
 
 
-def percent(axis) -> None:
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+def percent(axis, decimals: int | None = 0) -> None:
+    axis.set_major_formatter(PercentFormatter(1.0, decimals))
 
 
 def legend(axes, **look) -> None:
@@ -60,6 +60,24 @@ def legend(axes, **look) -> None:
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles))
     axes.legend(once.values(), once.keys(), **look)
+
+
+def point(axes, row: dict, which: str = "", **look) -> None:
+    """A policy with its interval; `which` stands before the names of its numbers."""
+    accuracy, (low, high) = row[which + "accuracy"], row[which + "accuracy_interval"]
+    axes.errorbar(row[which + "kl"], accuracy, [[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]],
+                  linestyle="none", **look)
+
+
+def kl_axis(axes, furthest: float) -> None:
+    """x from 0 to the furthest KL, nats a completion."""
+    # KL is quadratic in the distance from the base, so that on this scale a straight way is a straight line.
+    axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
+    end = 1.1 * max(0.2, furthest)
+    ticks = [tick for tick in (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= end]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set(xlim=(0, end), xlabel="KL(π‖π₀) to the first base, on the policy's own samples, nats a completion "
+             "(root scale)")
 
 
 def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
@@ -72,20 +90,14 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
     looks = itertools.cycle(zip(COLOURS[1:], "vsDoPX^"))
-
-    def point(row: dict, **look) -> None:
-        low, high = row["accuracy_interval"]
-        reach = [[max(0.0, row["accuracy"] - low)], [max(0.0, high - row["accuracy"])]]
-        axes.errorbar(row["kl"], row["accuracy"], reach, capsize=3, linestyle="none", **look)
-
     for run, rows in runs.items():
         before = f"{run}: " if len(runs) > 1 else ""
-        point(rows[0], color="black", marker="*", markersize=10, label=before + "base")
+        point(axes, rows[0], capsize=3, color="black", marker="*", markersize=10, label=before + "base")
         for (name, of_rounds), (colour, marker) in zip(ways(rows).items(), looks):
             for k, way in enumerate(of_rounds):
                 axes.plot([row["kl"] for row in way], [row["accuracy"] for row in way], color=colour, marker=marker,
                           markersize=3, linewidth=1, alpha=0.6)
-                point(way[-1], color=colour, marker=marker, markersize=7, label=None if k else before + name)
+                point(axes, way[-1], capsize=3, color=colour, marker=marker, markersize=7, label=before + name)
             if len(of_rounds) > 1 and way[-1] is rows[-1]:  # the policy that the next round begins with
                 ends_of_rounds = [rows[0], *(way[-1] for way in of_rounds)]
                 axes.plot([row["kl"] for row in ends_of_rounds], [row["accuracy"] for row in ends_of_rounds],
@@ -93,20 +105,15 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
                 for k, row in enumerate(ends_of_rounds[1:], 1):
                     axes.annotate(str(k), (row["kl"], row["accuracy"]), xytext=(-4, 9), textcoords="offset points")
     bases = {tuple(rows[0]["pass_rates"]): rows[0]["samples"] for rows in runs.values()}  # each once
-    for k, (rates, samples) in enumerate(bases.items()):
+    for rates, samples in bases.items():
         accuracy, least = kl.least_kl(kl.smoothed(torch.tensor(rates, dtype=torch.float64) * samples, samples))
         axes.plot(least, accuracy, color="black", linewidth=1, linestyle="--",
-                  label=None if k else "the limit: least KL of any policy")
-    furthest = max(row["kl"] for rows in runs.values() for row in rows)
-    # KL is quadratic in the distance from the base, so that on this scale a straight way is a straight line.
-    axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
-    axes.set(xlim=(0, 1.1 * max(0.2, furthest)), ylim=(-0.02, 1.03), ylabel="right completions, held out",
-             xlabel="KL(π‖π₀) to the first base, on the policy's own samples, nats a completion (root scale)",
+                  label="the limit: least KL of any policy")
+    kl_axis(axes, max(row["kl"] for rows in runs.values() for row in rows))
+    axes.set(ylim=(-0.02, 1.03), ylabel="right completions, held out",
              title="Accuracy against the KL spent for it" + "; numbers: rounds" * (rows[-1]["round"] > 1))
-    ticks = [tick for tick in (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= 1.1 * max(0.2, furthest)]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    percent(axes.yaxis)
+    legend(axes, frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
 
 

@@ -24,28 +24,31 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import erpd  # noqa: E402
 import rollout  # noqa: E402
-from figures.claims_figures import BLACK, GREEN, LOOKS, PINK, SKY  # noqa: E402
+from figures.claims_figures import BLACK, BLUE, GREEN, LIMIT, ORANGE, PINK, SKY, VERMILION  # noqa: E402
 from figures.experiments import Bench, Stage, measured, run_stage  # noqa: E402
+from figures.frontier import kl_axis, legend, percent, point  # noqa: E402
 from figures.outcomes import Outcome  # noqa: E402
 from rewards import InputError, Problem, load_problems, load_splits, reward, row_problem  # noqa: E402
 
 ROUNDS, TIMES = 2, 4  # rounds of ERPD; rounds whose rollouts the longer GRPO takes
 GREEDY = 1e-3  # a temperature at which the likeliest token has all of the probability
-METHODS = {"base": ("the base", BLACK, "o"), "temperature": ("the base at a temperature", PINK, "*"),
-           "erpd rounds": ("ERPD's rounds", *LOOKS["erpd"][:2]),
-           "control": ("Â in place of δ_t", *LOOKS["control"][:2]),
-           "nll": ("cross-entropy, right completions", *LOOKS["nll"][:2]),
-           "weights: nll": ("its weights moved back", *LOOKS["weights: nll"][:2]),
-           "sapo": ("SAPO", *LOOKS["sapo"][:2]), "clip + KL 0.2": ("clip, KL penalty 0.2", GREEN, "s"),
-           "grpo": ("on-policy GRPO, a round's rollouts", SKY, "<"),
-           f"grpo {TIMES}×": (f"on-policy GRPO, {TIMES} rounds'", SKY, "h")}
+METHODS = {  # method → (label, colour, marker)
+    "base": ("the base", BLACK, "o"),
+    "temperature": ("the base at a temperature", PINK, "*"),
+    "erpd rounds": ("ERPD's rounds", VERMILION, "D"),
+    "control": ("Â in place of δ_t", "grey", "d"),
+    "nll": ("cross-entropy, right completions", BLUE, "o"),
+    "weights: nll": ("its weights moved back", BLUE, "v"),
+    "sapo": ("SAPO", ORANGE, "P"),
+    "clip + KL 0.2": ("clip, KL penalty 0.2", GREEN, "s"),
+    "grpo": ("on-policy GRPO, a round's rollouts", SKY, "<"),
+    f"grpo {TIMES}×": (f"on-policy GRPO, {TIMES} rounds'", SKY, "h")}
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,7 @@ class Benchmark(Stage):
 
 
 class GradeSchool(Bench):
-    """A Benchmark at work. The base is fine-tuned where it is first asked for, and is that of all seeds."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.base_memory = self.memory("base", "model", "data", "kept", "shortest", "passes", "lr")
-        self.problems, self.held_out, self.others, self.base_memory.get("done")  # what is wrong is said at once
+    """A Benchmark at work. Its base is fine-tuned once, and is that of all seeds."""
 
     def memory(self, name: str, *of: str) -> rollout.Memory:
         """What is remembered under a name, of the settings that it depends on: all, unless they are named."""
@@ -74,45 +72,31 @@ class GradeSchool(Bench):
                     for key, value in settings.items() if key in of or not of}
         return rollout.Memory(self.folder.parent / f"{self.stage.name}-{name}", json.dumps(settings))
 
-    def tests(self, source: str) -> list[Problem]:
-        problems, few = load_problems(source, "test", divide=False), self.stage.shortest
-        return sorted(problems, key=lambda p: len(p.question))[:few] if few else problems
-
-    held_out = cached_property(lambda self: self.tests(self.config.test_data))
-    others = cached_property(lambda self: self.tests(self.stage.other))
-
-    @cached_property
-    def solutions(self) -> list[tuple[Problem, str]]:
-        """The training problems, and what the base shall write: no notes for a calculator, and an answer to be read."""
-        found = []
-        for n, row in enumerate(load_splits(self.config.data)["train"], 1):
-            problem, solution = row_problem(row, f"{self.config.data}, problem {n}", None, None), str(row.get("answer"))
-            found.append((problem, re.sub(r"<<.*?>>", "", solution)))
-            if not reward(found[-1][1], problem.answer):
-                raise InputError(f"{self.config.data}, problem {n}: no answer can be read at the end of its solution")
-        few = self.stage.shortest
-        return sorted(found, key=lambda both: len(both[0].question + both[1]))[:few] if few else found
-
-    @cached_property
-    def problems(self) -> list[Problem]:
+    def draw(self) -> tuple[list[Problem], list[Problem]]:
+        """(problems to train on, those of the test split); those of the other set are `others`."""
+        self.solutions = self.shortest(worked_solutions(self.config.data), lambda both: both[0].question + both[1])
+        held_out, self.others = (self.shortest(load_problems(source, "test", divide=False), lambda p: p.question)
+                                 for source in (self.config.test_data, self.stage.other))
         some, needed = [problem for problem, _ in self.solutions[-(self.stage.kept or 0):]], self.config.problems
         if len(some) < ROUNDS * needed:
             raise InputError(f"{self.config.data}: {ROUNDS} rounds take {ROUNDS * needed} problems; it has {len(some)}")
         random.Random(self.config.seed).shuffle(some)
-        return (some * TIMES)[:TIMES * needed]
+        return (some * TIMES)[:TIMES * needed], held_out
 
-    @cached_property
-    def policy(self):
-        memory, device = self.base_memory, "cuda" if torch.cuda.is_available() else "cpu"
+    def shortest(self, items: list, text: Callable) -> list:
+        few = self.stage.shortest
+        return sorted(items, key=lambda item: len(text(item)))[:few] if few else items
+
+    def load(self, name: str):
+        memory = self.memory("base", "model", "data", "kept", "shortest", "passes", "lr")
         if not memory.get("done"):
-            model, tokenizer = rollout.load_policy(self.config.model, device)
+            model, tokenizer = super().load(name)
             with rollout.autocast(self.config.precision, model.device):
                 model = self.fine_tuned(model, tokenizer, memory)
             rollout.save_policy(model.bfloat16(), tokenizer, memory.folder)  # half the size, to travel
             memory.put("done", True)
             memory.put("state", None)
-        base, tokenizer = rollout.load_policy(str(memory.folder), device)
-        return base.requires_grad_(False), tokenizer
+        return super().load(str(memory.folder))
 
     def fine_tuned(self, model, tokenizer, memory: rollout.Memory):
         """The model after cross-entropy on the worked solutions: they stand in a batch as if it had sampled them."""
@@ -142,26 +126,33 @@ class GradeSchool(Bench):
         return student
 
     def measure(self, model, samples: int | None = None, **about) -> dict:
-        there = rollout.evaluate(model, self.base, self.tokenizer, self.others, self.config.curve_samples,
-                                 seed=self.config.seed, tokens_per_step=self.config.tokens_per_step,
-                                 **self.config.sampling)
+        there = self.evaluate(model, self.others, self.config.curve_samples)
         about |= {f"other_{name}": there[name] for name in ("accuracy", "accuracy_interval", "kl")}
         return super().measure(model, samples, **about)
 
 
+def worked_solutions(source: str) -> list[tuple[Problem, str]]:
+    """The training problems, and what the base shall write: no notes for a calculator, and an answer to be read."""
+    found = []
+    for n, row in enumerate(load_splits(source)["train"], 1):
+        problem = row_problem(row, f"{source}, problem {n}", None, None)
+        solution = re.sub(r"<<.*?>>", "", str(row.get("answer")))
+        if not reward(solution, problem.answer):
+            raise InputError(f"{source}, problem {n}: no answer can be read at the end of its solution")
+        found.append((problem, solution))
+    return found
+
+
 def jobs(bench: GradeSchool, everything: bool) -> dict[str, Callable]:
     """Base, ERPD and cross-entropy; then everything. The most important first."""
-    config, rates = bench.config, bench.stage.rates
-    plan = {"base": lambda: bench.measure(bench.base, config.limit_samples, method="base", path="base", at=0),
-            "erpd": partial(bench.rounds, "erpd rounds", bench.round, count=ROUNDS)}
-    plan |= {f"nll {lr:g}": partial(bench.until_it_stops, "nll", lr) for lr in rates}
-    plan |= {"weights: nll": partial(bench.steps_back, "nll", "weights")}
+    plan = {"base": bench.limit, "erpd": partial(bench.rounds, "erpd rounds", bench.round, count=ROUNDS),
+            **bench.direct("nll"), "weights: nll": partial(bench.steps_back, "nll", "weights")}
     if everything:
-        plan |= {f"sapo {lr:g}": partial(bench.until_it_stops, "sapo", lr) for lr in rates}
-        plan |= {f"clip {lr:g} KL 0.2": partial(bench.until_it_stops, "clip", lr, 0.2) for lr in rates}
-        plan |= {"control": partial(bench.ladder, "control", "control")}
-        plan |= {f"grpo {times}× {lr:g}": partial(bench.grpo, lr, times) for times in (1, TIMES) for lr in rates}
-        plan |= {"temperature": partial(bench.temperatures, 0.7, GREEDY)}
+        plan |= bench.direct("sapo") | bench.direct("clip", 0.2)
+        plan["control"] = partial(bench.ladder, "control", "control", ())
+        for times in (1, TIMES):
+            plan |= {f"grpo {times}× {lr:g}": partial(bench.grpo, lr, times) for lr in bench.stage.rates}
+        plan["temperature"] = partial(bench.temperatures, 0.7, GREEDY)
     return plan
 
 
@@ -197,28 +188,21 @@ def draw(outcomes: list[Outcome], path: Path, names: tuple[str, str]) -> None:
     """Accuracy against KL on both sets: all ways, thin; what the table tells, large, with its interval; the limits."""
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     for axes, which, name in zip(figure.subplots(1, 2), ("", "other_"), names):
-        for k, outcome in enumerate(outcomes):
-            if not which:
-                axes.plot(*outcome.limit[::-1], color=BLACK, linewidth=1.2, linestyle=(0, (4, 2)),
-                          label=None if k else "the limit: no policy can be to the left")
+        for outcome in outcomes:
             for method, (label, colour, marker) in METHODS.items():
                 for way in outcome.paths(method):
                     way = [outcome.one("base"), *way]
                     axes.plot([row[which + "kl"] for row in way], [row[which + "accuracy"] for row in way],
                               color=colour, linewidth=2 if method == "erpd rounds" else 0.7, alpha=0.7)
                 for row in told(outcome, method):
-                    y, (low, high) = row[which + "accuracy"], row[which + "accuracy_interval"]
-                    axes.errorbar(row[which + "kl"], y, [[max(0.0, y - low)], [max(0.0, high - y)]], color=colour,
-                                  marker=marker, linestyle="none", elinewidth=0.8, capsize=2, label=label)
-        rows = [row for outcome in outcomes for row in outcome.rows]
-        axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
-        axes.set(xlim=(0, 1.1 * max(0.2, *(row[which + "kl"] for row in rows))), title="/".join(Path(name).parts[-2:]),
-                 ylim=(0, min(1.0, max(0.05, *(1.2 * row[which + "accuracy_interval"][1] for row in rows)))),
-                 xlabel="KL(π‖π₀) on the policy's own samples, nats a completion (root scale)")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    once = dict(zip(labels, handles))  # of all seeds and rows
-    figure.axes[0].legend(once.values(), once.keys(), frameon=False, fontsize=8)
+                    point(axes, row, which, color=colour, marker=marker, elinewidth=0.8, capsize=2, label=label)
+        kl_axis(axes, max(row[which + "kl"] for outcome in outcomes for row in outcome.rows))
+        axes.set_title("/".join(Path(name).parts[-2:]))
+        axes.set_ylim(0, None)
+        percent(axes.yaxis, decimals=None)
+    for outcome in outcomes:
+        figure.axes[0].plot(*outcome.limit[::-1], **LIMIT, scaley=False, label="the limit: no policy can be to the left")
+    legend(figure.axes[0], frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("right completions")
     figure.savefig(path, dpi=150)
 

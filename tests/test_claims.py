@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,9 +117,9 @@ def test_a_statistic_is_met_only_with_its_whole_interval():
 def test_all_jobs_run_and_a_second_start_runs_none(tmp_path):
     """A job that is never reached in a short session; rows that are written twice after a stop."""
     stage = claims.quick_stage()
-    config = claims.replace(stage.config, problems=4, group=8, test_problems=4, test_samples=2, curve_samples=2,
+    config = replace(stage.config, problems=4, group=8, test_problems=4, test_samples=2, curve_samples=2,
                             limit_samples=4, explore_updates=2, unlearn_updates=2, distill_updates=2, operands=3)
-    stage = claims.replace(stage, config=config, rates=(3e-5, 1e-4), least=16, most=16, nll_least=16, shares=())
+    stage = replace(stage, config=config, rates=(3e-5, 1e-4), least=16, most=16, nll_least=16, shares=())
     results, told = tmp_path / "claims.jsonl", []
     experiments.run_stage(stage, results, tmp_path, told.append)
     lines = results.read_text().splitlines()
