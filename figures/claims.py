@@ -178,10 +178,13 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
 
 
 def shown(values: list[float], form: str = ".1%") -> str:
-    """The mean, with its interval where there is one."""
+    """Mean and interval; in brackets the seeds that have a value, where not all do."""
     known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "–"
     mean, half = mean_interval(known)
-    return f"{mean:{form}} ± {half:{form}}" if len(known) > 1 else f"{mean:{form}}" if known else "–"
+    interval = f" ± {half:{form}}" if len(known) > 1 else ""
+    return f"{mean:{form}}{interval}" + f" ({len(known)})" * (len(known) < len(values))
 
 
 def report(by_stage: dict[str, list[Outcome]]) -> None:
@@ -198,21 +201,17 @@ def report(by_stage: dict[str, list[Outcome]]) -> None:
         verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
         print(f"{claim:10} {verdict:14} {sum(met)} of {len(met)} statistics")
     for stage, seeds in by_stage.items():
-        print(f"\n{stage}, seeds: {len(seeds)}, base {shown([o.base for o in seeds])}. KL efficiency "
-              f"{', '.join(LEVELS)} of the way (seeds that reach it), and the ceiling")
+        print(f"\n{stage}, {len(seeds)} seeds, base {shown([o.base for o in seeds])}. KL efficiency {', '.join(LEVELS)} of "
+              "the way, and the ceiling")
         for method in ("erpd", "erpd, unlearned", "control", *OPPONENTS):
             if any(o.of(method) for o in seeds):
-                print(f"{method:20}", end="")
-                for k in range(len(LEVELS)):
-                    values = [o.efficiency(method, o.levels[k]) for o in seeds]
-                    print(f"{shown(values, '.2f'):>16} ({sum(map(math.isfinite, values))})", end="")
-                print(f"{shown([o.best(method) for o in seeds]):>18}")
+                levels = [shown([o.efficiency(method, o.levels[k]) for o in seeds], ".2f") for k in range(len(LEVELS))]
+                ceiling = shown([o.best(method) for o in seeds])
+                print(f"{method:18}" + "".join(f"{cell:>18}" for cell in (*levels, ceiling)))
         for method in ("erpd rounds", "unlearned rounds", "expert iteration", "rounds, share 0.5", "rounds, share 0.9"):
-            some = [o.of(method) for o in seeds if o.of(method)]
-            rounds = [f"{shown([row['accuracy'] for row in rows])} at {mean_interval([row['kl'] for row in rows])[0]:.2f}"
-                      for rows in zip(*some)]
-            if rounds:
-                print(f"{method:20} {'   '.join(rounds)}")
+            for k, rows in enumerate(zip(*(o.of(method) for o in seeds if o.of(method))), 1):
+                accuracy, spent = ([row[what] for row in rows] for what in ("accuracy", "kl"))
+                print(f"{method:18} round {k}: {shown(accuracy)} at {shown(spent, '.2f')} nats")
         rising = [f"{path} (seed {seed})" for seed, o in enumerate(seeds) for path in o.still_rising()]
         print(f"direct methods still rising at their end: {'; '.join(rising) or 'none'}")
 

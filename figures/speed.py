@@ -243,9 +243,8 @@ if __name__ == "__main__":
         row["ratio"] = row["theirs"] / row["ours"] if row["unit"] == "MiB" else row["ours"] / row["theirs"]
         measured[name] = row
         results.write_text(json.dumps({"rows": measured}, indent=1) + "\n")
-        pairs = [ours / theirs for ours, theirs in zip(*row.get("all", {}).values())]
-        extent = f" ({min(pairs):.2f} – {max(pairs):.2f})" if pairs else ""
-        waits = f", waits {row['waits, ours']:g} and {row['waits, theirs']:g}" if "waits, ours" in row else ""
-        print(f"{what}: {row['ratio']:.2f}×{extent} of {against}, goal {goal} ({row['ours']:.4g} and "
-              f"{row['theirs']:.4g} {row['unit']}{waits})", flush=True)
+        print(f"{what}: {row['ratio']:.2f}× of {against}, goal {goal}", flush=True)
+        print("   ", *(f"{key}: {value:.4g};" for key, value in row.items() if "ours" in key or "theirs" in key))
+        if "all" in row:
+            print("    pair by pair:", *(f"{ours / theirs:.2f}" for ours, theirs in zip(*row["all"].values())))
     draw([measured[name] for name in ROWS if name in measured], HERE / f"{results.stem}.png")
