@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from figures.frontier import COLOURS, legend, percent
 from figures.outcomes import Outcome, mean_interval
 
+Stages = dict[str, list[Outcome]]
 HERE = Path(__file__).resolve().parent
 BLACK, ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, YELLOW = COLOURS
 LOOKS = {  # method → (colour, marker, line, label)
@@ -26,6 +27,7 @@ TITLES = {"main": "chains of 4 numbers, the base right a third of the time",
           "rare": "chains of 8 numbers, the base right 8 % of the time"}
 SHARES = np.arange(1, 60) / 60  # of every seed's own way from its base to 1
 LIMIT = {"color": BLACK, "linewidth": 1.6, "linestyle": (0, (4, 2))}
+BASE = {"color": "grey", "linewidth": 1, "linestyle": ":"}
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8,
          "legend.frameon": False, "savefig.dpi": 150}
 
@@ -42,11 +44,7 @@ def banded(axes, x, values, **look) -> None:
     axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def base_line(axes, height: float, **look) -> None:
-    axes.axhline(height, color="grey", linestyle=":", linewidth=1, **look)
-
-
-def extreme_region(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
+def extreme_region(figure: Figure, stages: Stages) -> str:
     figure.set_size_inches(9, 6)
     outcomes = stages["main"]
     methods = {"sapo": (ORANGE, "SAPO, no constraint"), "clip": (BLACK, "clip"),
@@ -57,8 +55,9 @@ def extreme_region(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
     for axes, (what, title) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
         for method, (colour, label) in methods.items():
             checkpoints = list(zip(*(o.of(method, lr=3e-5) for o in outcomes)))  # those that every seed has
-            banded(axes, [rows[0]["at"] for rows in checkpoints], [[row[what] for row in rows] for rows in checkpoints],
-                   color=colour, marker="o", markersize=4, label=label)
+            values = [[row[what] for row in rows] for rows in checkpoints]
+            updates = [rows[0]["at"] for rows in checkpoints]
+            banded(axes, updates, values, color=colour, marker="o", markersize=4, label=label)
         axes.set_title(title)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -67,8 +66,8 @@ def extreme_region(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
         if what in ("accuracy", "fallen"):
             percent(axes.yaxis)
     accuracy, _, entropy, fallen = figure.axes
-    base_line(accuracy, means([[o.base for o in outcomes]])[0, 0], label="base")
-    base_line(entropy, means([[o.entropy for o in outcomes]])[0, 0])
+    accuracy.axhline(np.mean([o.base for o in outcomes]), **BASE, label="base")
+    entropy.axhline(np.mean([o.entropy for o in outcomes]), **BASE)
     fallen.legend(*accuracy.get_legend_handles_labels(), loc="upper left")
     for axes in (entropy, fallen):
         axes.set_xlabel("updates on the stored batch (16 a pass)")
@@ -76,10 +75,10 @@ def extreme_region(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
             f"lower it stays ({len(outcomes)} seeds)")
 
 
-def frontier(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
+def frontier(figure: Figure, stages: Stages) -> str:
     figure.set_size_inches(6.5 * len(stages), 5.4)
     for axes, (name, outcomes) in zip(figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages.items()):
-        base = mean_interval([o.base for o in outcomes])[0]
+        base = np.mean([o.base for o in outcomes])
         heights = base + SHARES * (1 - base)
         # The limit of the mean pass rates, and the band of what the base's samples leave open of them.
         limit, _ = means([o.least(o.level(share)) for o in outcomes] for share in SHARES)
@@ -99,7 +98,7 @@ def frontier(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
                       zorder=3 if strong else 4 if method.startswith("weights") else 2)
             axes.fill_betweenx(heights[reached], np.maximum(1e-4, mean - half), mean + half, color=colour,
                                alpha=0.25 if strong else 0.08, linewidth=0)
-        base_line(axes, base)
+        axes.axhline(base, **BASE)
         axes.text(0.011, base + 0.006, "base", fontsize=8, color="grey")
         axes.set(xscale="log", xlim=(0.01, 8), title=f"{TITLES[name]}; {len(outcomes)} seeds",
                  xlabel="KL(π‖π₀) to reach it, on the policy's own samples, nats a completion (log)")
@@ -111,7 +110,7 @@ def frontier(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
             "where right completions are rare")
 
 
-def weak_teachers(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
+def weak_teachers(figure: Figure, stages: Stages) -> str:
     figure.set_size_inches(6.4 * len(stages), 5.2)
     kinds = {"teacher": (BLUE, "o", "signal: teacher over base"),
              "contrast": (VERMILION, "D", "signal: teacher over unlearned policy"),
@@ -137,9 +136,8 @@ def weak_teachers(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
                               va="top" if below else "bottom", fontsize=8)
         control = [o.one("control", at=row["budget"])["accuracy"] for o in outcomes if o.of("control")]
         for values, text in ([o.base for o in outcomes], "base"), (control, "the control, Â in place of δ_t"):
-            height = mean_interval(values)[0]
-            base_line(axes, height)
-            axes.text(0.02, height - 0.03, text, fontsize=8, color="grey")
+            axes.axhline(np.mean(values), **BASE)
+            axes.text(0.02, np.mean(values) - 0.03, text, fontsize=8, color="grey")
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         axes.text(0.86, 0.84, "student = teacher", fontsize=8, color="grey", rotation=45, ha="right",
                   rotation_mode="anchor")
@@ -152,7 +150,7 @@ def weak_teachers(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
     return "A teacher's own accuracy hardly matters to its student"
 
 
-def rounds(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
+def rounds(figure: Figure, stages: Stages) -> str:
     """Accuracy by rollouts, and by KL to the first base, along the limit."""
     figure.set_size_inches(11, 4.4 * len(stages))
     looks = {"erpd rounds": (VERMILION, "D", "-", "ERPD, 4 rounds of 1,024 rollouts, budget from the limit"),
@@ -172,7 +170,7 @@ def rounds(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
                 look = {"color": colour, "marker": marker, "linestyle": line, "label": label}
                 banded(left, [rows[0]["rollouts"] for rows in points], accuracy, **look)
                 banded(right, means(spent)[0], accuracy, **look | {"label": None})
-        base = mean_interval([o.base for o in outcomes])[0]
+        base = np.mean([o.base for o in outcomes])
         limit, _ = means([o.least(o.level(share)) for o in outcomes] for share in SHARES)
         right.plot(limit, base + SHARES * (1 - base), **LIMIT, label="the limit")
         left.set(xlabel="rollouts that were used to train", ylabel="right completions, held out", ylim=(0, 1.02),
@@ -185,34 +183,34 @@ def rounds(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
             "the same budgets does as well or better")
 
 
-def which_wins(figure: Figure, stages: dict[str, list[Outcome]]) -> str:
+def which_wins(figure: Figure, stages: Stages) -> str:
     """The map: ERPD and the best of the others, stage by stage, by KL efficiency and by ceiling."""
-    looks = {"erpd": (VERMILION, "ERPD"), "nll": (BLUE, "cross-entropy"), "sapo": (ORANGE, "SAPO"),
-             "weights: nll": (SKY, "cross-entropy, moved back"), "weights: sapo": (YELLOW, "SAPO, moved back")}
+    labels = {"erpd": "ERPD", "nll": "cross-entropy", "weights: nll": "cross-entropy, moved back", "sapo": "SAPO",
+              "weights: sapo": "SAPO, moved back"}
     figure.set_size_inches(11, 1.2 + 0.7 * len(stages))
     measures = {"KL efficiency, 1/2 of the way": lambda o, method: o.efficiency(method, o.levels[1]),
                 "ceiling": Outcome.best}
     for axes, (title, measure) in zip(figure.subplots(1, 2, sharey=True), measures.items()):
         for y, outcomes in enumerate(stages.values()):
-            values = {method: np.array([measure(o, method) for o in outcomes]) for method in looks}
-            known = [method for method in looks if np.isfinite(values[method]).all()]  # reached on every seed
-            rival = max(set(known) - {"erpd"}, key=lambda method: values[method].mean(), default=None)
+            found = {method: [measure(o, method) for o in outcomes] for method in labels}
+            found = {method: values for method, values in found.items() if np.isfinite(values).all()}
+            rival = max(set(found) - {"erpd"}, key=lambda method: np.mean(found[method]), default=None)
             for method, place in ("erpd", y - 0.2), (rival, y + 0.2):
-                if method in known:
-                    (mean, half), (colour, label) = mean_interval(list(values[method])), looks[method]
-                    axes.barh(place, mean, 0.36, xerr=half, color=colour, alpha=0.6)
-                    axes.text(0.01, place, f"{label} {mean:.2f}", va="center", fontsize=8)
+                if method in found:
+                    mean, half = mean_interval(found[method])
+                    colour = LOOKS[method.removeprefix("weights: ")][0]
+                    axes.barh(place, mean, 0.36, xerr=half, color=colour, alpha=0.6, ecolor="grey")
+                    axes.text(0.01, place, f"{labels[method]} {mean:.2f}", va="center", fontsize=8)
         axes.set(xlim=(0, 1), title=title)
-    names = [f"{name}: base {means([[o.base for o in some]])[0, 0]:.0%}, {len(some)} seeds"
-             for name, some in stages.items()]
-    axes.set_yticks(range(len(names)), names)
+    bases = {name: np.mean([o.base for o in outcomes]) for name, outcomes in stages.items()}
+    axes.set_yticks(range(len(bases)), [f"{name}: base {base:.0%}" for name, base in bases.items()])
     axes.invert_yaxis()
     return "Which method wins where: ERPD, and the best of the others"
 
 
-def draw(by_stage: dict[str, list[Outcome]]) -> None:
+def draw(by_stage: Stages) -> None:
     """The pictures of what has been run, beside this file; the map once there is more than the two main stages."""
-    def have(method: str, *names: str) -> dict[str, list[Outcome]]:
+    def have(method: str, *names: str) -> Stages:
         found = {name: [o for o in by_stage.get(name, []) if o.of(method)] for name in names}
         return {name: some for name, some in found.items() if some}
 
