@@ -27,8 +27,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from figures import claims_figures, experiments  # noqa: E402
-from figures.experiments import Stage, erpd  # noqa: E402
+from figures import claims_figures  # noqa: E402
+from figures.experiments import Stage, erpd, run_stage  # noqa: E402
 from figures.outcomes import LEVELS, Outcome, first_crossing, mean_interval, outcomes  # noqa: E402
 
 RESULTS, SCRATCH = HERE / "results" / "claims.jsonl", Path("runs") / "claims"
@@ -201,8 +201,8 @@ def report(by_stage: dict[str, list[Outcome]]) -> None:
         verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
         print(f"{claim:10} {verdict:14} {sum(met)} of {len(met)} statistics")
     for stage, seeds in by_stage.items():
-        print(f"\n{stage}, {len(seeds)} seeds, base {shown([o.base for o in seeds])}. KL efficiency {', '.join(LEVELS)} of "
-              "the way, and the ceiling")
+        print(f"\n{stage}, {len(seeds)} seeds, base {shown([o.base for o in seeds])}")
+        print("KL efficiency", ", ".join(LEVELS), "of the way, and the ceiling")
         for method in ("erpd", "erpd, unlearned", "control", *OPPONENTS):
             if any(o.of(method) for o in seeds):
                 levels = [shown([o.efficiency(method, o.levels[k]) for o in seeds], ".2f") for k in range(len(LEVELS))]
@@ -287,18 +287,12 @@ def language_model(model: str) -> list[Stage]:
                   nll_least=16, most=64, budgets=(), everything=False) for seed in range(2)]
 
 
-def work(stage: Stage, results: Path, folder: Path) -> None:
-    """In a process of its own: one stage on one core, or on the GPU."""
-    torch.set_num_threads(1)
-    experiments.run_stage(stage, results, folder, told=lambda job: print(f"{stage.key}: {job}", file=sys.stderr))
-
-
 def run(wanted: list[Stage], results: Path, folder: Path, workers: int) -> None:
-    """Run what is missing of the stages, `workers` side by side."""
+    """Run what is missing of the stages, `workers` side by side, each on one core, or on the GPU."""
     results.parent.mkdir(parents=True, exist_ok=True)
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # read by the processes that start here
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        list(pool.map(partial(work, results=results, folder=folder), wanted))
+        list(pool.map(partial(run_stage, results=results, folder=folder), wanted))
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -307,7 +301,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true",
                         help="draw, and run one seed at a tenth of the size in a scratch folder")
-    parser.add_argument("--only", nargs="*", help="stages to run, by name; none at all: draw and judge what is there")
+    parser.add_argument("--only", nargs="*", choices=["main", "rare", *CELLS, *CARRIES, "SmolLM2"], metavar="stage",
+                        help="stages to run, by name; none at all: draw and judge what is there")
     parser.add_argument("--model", default="",
                         help="SmolLM2-135M-Instruct's folder or hub name, for its own small frontier")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1,
@@ -320,12 +315,8 @@ def main() -> None:
             report(outcomes(results))
     else:
         every = stages() + (language_model(arguments.model) if arguments.model else [])
-        names = list(dict.fromkeys(stage.name for stage in every))
-        wanted = names if arguments.only is None else arguments.only
-        for name in wanted:
-            if name not in names:
-                parser.error(f"--only {name!r} is no stage: choose from {', '.join(names)}")
-        run([stage for stage in every if stage.name in wanted], RESULTS, SCRATCH, arguments.workers)
+        wanted = [stage for stage in every if arguments.only is None or stage.name in arguments.only]
+        run(wanted, RESULTS, SCRATCH, arguments.workers)
         report(outcomes(RESULTS))
         write_verdicts(outcomes(RESULTS), HERE / "results" / "verdicts.json")
     claims_figures.draw(outcomes(RESULTS))

@@ -1,14 +1,14 @@
 """What figures/claims.py judges, measured: every policy of every method, on problems that none of them saw.
 
-A *stage* is a base policy, its problems, a size of batch and a seed. A *job* is one path of policies on a stage: the
-checkpoints of an explorer, students at a ladder of budgets, a policy moved back towards the base step by step. All jobs
-of a stage share the stored batch and the held-out problems. The rows of a job are written together when it ends, a JSON
-line each, and a job that has rows is not run again.
+A *stage* is a base policy, its problems, a size of batch and a seed. A *job* is a path of policies on a stage: an
+explorer's checkpoints, students at a ladder of budgets, a policy moved back step by step. All jobs of a stage share the
+stored batch and the held-out problems. A job's rows are written when it ends; one that has rows is not run again.
 """
 
 import copy
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,25 +25,21 @@ import kl
 import rollout
 from rewards import Problem
 
-STEPS_BACK = (0.25, 0.5, 0.75, 0.9)  # of the interpolations; the policy itself, 1, is on its own path
-FALLEN = -5.0  # a stored completion has fallen when log π_θ/π_0 of it is below this, nats
-
 
 @dataclass(frozen=True)
 class Stage:
-    """Where methods are compared. `config` has all settings; `carries` keeps the chains with so many dropped-carry
-    traps."""
+    """Where methods are compared, with all settings."""
 
     name: str
     config: erpd.Config
-    carries: tuple[int, ...] = ()
+    carries: tuple[int, ...] = ()  # only the chains with so many; none: all
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)  # learning rates of every direct method
     least: int = 256  # updates of a direct method before it may stop, and the most there are
     most: int = 2048
     nll_least: int = 512  # of cross-entropy, the strongest
     budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students' ladder, nats a completion; none: the round's
     everything: bool = True  # False: the frontier alone
-    all_weights: bool = True  # of the direct methods' checkpoints stay on disk; False: the most accurate one's
+    all_weights: bool = True  # of a direct method's checkpoints are kept; False: the best one's
     shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets than the default's
 
     @property
@@ -108,8 +104,7 @@ class Bench:
     # ------------------------------------------------------------------------------------------- problems and policies
 
     def draw(self) -> tuple[list[Problem], list[Problem]]:
-        """(problems to train on, those held out). Of the first, the stored batch's come first; more are for rounds and
-        GRPO."""
+        """(problems to train on, those of the stored batch first; problems held out)."""
         config, wanted = replace(self.config, rounds=8 if self.stage.everything else 1), self.stage.carries
         if not wanted:
             return erpd.problems_of(config)
@@ -153,13 +148,12 @@ class Bench:
         """The base's row, from many samples: its pass rates give the limit."""
         self.measure(self.base, self.config.limit_samples, method="base", path="base", at=0)
 
-    def policy(self, name: str, again: Callable, at: int | None = None):
-        """What a job left in the folder, `at` an update where it left several. Where it is gone the job runs again, and
-        its rows do not count."""
+    def policy(self, name: str, job: Callable, at: int | None = None):
+        """What a job left in the folder, by update where it left several."""
         path = self.folder / f"{name}.pt"
-        if not path.exists():
+        if not path.exists():  # then the job runs again, and its rows do not count
             counted = len(self.rows)
-            again()
+            job()
             del self.rows[counted:]
         weights, model = torch.load(path, weights_only=True), copy.deepcopy(self.base)
         model.load_state_dict(weights[at] if at else weights)
@@ -168,10 +162,8 @@ class Bench:
     # ----------------------------------------------------------------------------------------------- the direct methods
 
     def until_it_stops(self, loss: str, lr: float, kl_coef: float = 0.0) -> None:
-        """A direct method, measured each time that its updates have doubled, until its accuracy has stopped rising.
-
-        That is: after `least` updates or more it is not above the last checkpoint's 95 % interval. Its optimizer goes
-        on from one checkpoint to the next.
+        """A direct method, measured each time that its updates have doubled, until its accuracy has stopped rising:
+        after `least` updates or more it is not above the last checkpoint's 95 % interval.
         """
         config = replace(self.config, explore_lr=lr, kl_coef=kl_coef)
         least = self.stage.nll_least if loss == "nll" else self.stage.least
@@ -181,9 +173,8 @@ class Bench:
             model = erpd.explore(self.base, *self.batch, config, loss=loss, updates=updates, seed=self.seed + done,
                                  start=start)
             done += updates
-            # The share of the stored completions whose probability fell by a factor of e^5.
-            log_ratio = (self.score(model) - self.rollouts.log_probs) * self.rollouts.mask
-            fallen = (log_ratio.sum(1) < FALLEN).float().mean().item()
+            log_ratio = ((self.score(model) - self.rollouts.log_probs) * self.rollouts.mask).sum(1)
+            fallen = (log_ratio < -5).float().mean().item()  # stored completions whose probability fell by e^5
             row = self.measure(model, self.config.curve_samples, method=loss + (" + KL" if kl_coef else ""), at=done,
                                path=f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else ""), lr=lr, kl_coef=kl_coef,
                                fallen=fallen, rollouts=len(self.rollouts))
@@ -211,12 +202,13 @@ class Bench:
                          at=temperature)
 
     def steps_back(self, loss: str, kind: str) -> None:
-        """The most accurate checkpoint of a loss over its learning rates, moved back towards the base."""
+        """The most accurate checkpoint of a loss, moved back towards the base; last, the checkpoint itself."""
         best = max((row for row in self.rows if row["method"] == loss), key=lambda row: row["accuracy"])
         model = self.checkpoint(loss, best["lr"], best["at"])
-        for share in (*STEPS_BACK, 1.0):
-            between = Combined([self.base, model], [1 - share, share]) if kind == "logits" else \
-                kl.interpolated(self.base, model, share)
+        for share in (0.25, 0.5, 0.75, 0.9, 1.0):
+            between = kl.interpolated(self.base, model, share)
+            if kind == "logits":
+                between = Combined([self.base, model], [1 - share, share])
             self.measure(between, method=f"{kind}: {loss}", path=f"lr {best['lr']:g}, update {best['at']}", at=share)
 
     def grpo(self, lr: float, times: int) -> None:
@@ -245,8 +237,7 @@ class Bench:
         return self.score(self.unlearned(*self.batch))
 
     def signal(self, kind: str = "contrast", loss: str = "sapo", lr: float = 0.0, at: int = 0) -> Tensor:
-        """δ_t [B, T] of an explorer at one of its checkpoints, by default SAPO's after `least` updates; or, as the
-        control, Â at every token."""
+        """δ_t [B, T] of an explorer's checkpoint, by default SAPO's after `least` updates; the control's is Â."""
         if kind == "control":
             return self.batch[1][:, None] * self.rollouts.mask
         teacher, unlearned = None, None
@@ -305,8 +296,7 @@ class Bench:
 
     def rounds(self, method: str, one: Callable = erpd.one_round, count: int = 4, base=None,
                problems: list[Problem] | None = None, before: int = 0, **settings) -> None:
-        """Rounds, each from the last one's student with new problems and the budget of its own limit. `before`: what
-        another `base` took, in rollouts."""
+        """Rounds, each with new problems and the budget of its own limit; `before`: rollouts that `base` took."""
         base, problems, told = base or self.base, problems or self.problems, {}
         size, config = self.config.problems, replace(self.config, kl_budget="auto", **settings)
         for k in range(count):
@@ -374,11 +364,9 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
     return plan
 
 
-def run_stage(stage: Stage, results: Path, folder: Path, told: Callable[[str], None] = lambda job: None, *,
-              at: type[Bench] = Bench, plan: Callable[[Bench], dict[str, Callable]] = jobs,
-              until: float = math.inf) -> None:
-    """Run the missing jobs of a stage's `plan`; their rows go to `results`. From time.monotonic() = `until` on, none
-    begins."""
+def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench,
+              plan: Callable[[Bench], dict[str, Callable]] = jobs, until: float = math.inf) -> None:
+    """Run the missing jobs of a stage; their rows go to `results`. From time.monotonic() = `until` on, none begins."""
     done = [row for row in measured(results) if row["stage"] == stage.name and row["seed"] == stage.config.seed]
     bench = at(stage, folder / stage.key, list(done))
     for name, work in plan(bench).items():
@@ -392,7 +380,7 @@ def run_stage(stage: Stage, results: Path, folder: Path, told: Callable[[str], N
                                 ensure_ascii=False) + "\n" for row in bench.rows[before:]]
             with open(results, "ab", buffering=0) as file:  # one write: stages side by side append whole jobs
                 file.write("".join(lines).encode())
-        told(name)
+        print(f"{stage.key}: {name}", file=sys.stderr)
 
 
 def measured(results: Path) -> list[dict]:

@@ -31,9 +31,9 @@ sys.path.insert(0, str(HERE.parent))
 import erpd  # noqa: E402
 import rollout  # noqa: E402
 from figures.claims_figures import BLACK, BLUE, GREEN, LIMIT, ORANGE, PINK, SKY, VERMILION  # noqa: E402
-from figures.experiments import Bench, Stage, measured, run_stage  # noqa: E402
+from figures.experiments import Bench, Stage, run_stage  # noqa: E402
 from figures.frontier import kl_axis, legend, percent, point  # noqa: E402
-from figures.outcomes import Outcome  # noqa: E402
+from figures.outcomes import Outcome, outcomes  # noqa: E402
 from rewards import InputError, Problem, load_problems, load_splits, reward, row_problem  # noqa: E402
 
 ROUNDS, TIMES = 2, 4  # rounds of ERPD; rounds whose rollouts the longer GRPO takes
@@ -164,14 +164,14 @@ def told(outcome: Outcome, method: str) -> list[dict]:
     return [max(rows, key=lambda row: (row["accuracy"], row["at"]))] if rows and "lr" in rows[0] else rows
 
 
-def table(outcomes: list[Outcome]) -> str:
+def table(seeds: list[Outcome]) -> str:
     """A line a policy and seed. The best of a path is chosen on the test split itself, which flatters all methods but
     ERPD, whose every round is told."""
     lines = [(f"{'policy':34} {'path, and where on it':30} {'seed':>4} {'rollouts':>8} {'right':>6}  "
               f"{'95 % interval':13} {'pass@8':>6} {'KL nats/completion':>18} {'KL efficiency':>13} {'other set':>9}  "
               f"{'95 % interval':13}")]
     for method, (label, *_) in METHODS.items():
-        for outcome in outcomes:
+        for outcome in seeds:
             for row in told(outcome, method):
                 intervals = [f"{low:5.1%} – {high:5.1%}" for low, high in
                              (row["accuracy_interval"], row["other_accuracy_interval"])]
@@ -184,11 +184,11 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def draw(outcomes: list[Outcome], path: Path, names: tuple[str, str]) -> None:
+def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
     """Accuracy against KL on both sets: all ways, thin; what the table tells, large, with its interval; the limits."""
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     for axes, which, name in zip(figure.subplots(1, 2), ("", "other_"), names):
-        for outcome in outcomes:
+        for outcome in seeds:
             for method, (label, colour, marker) in METHODS.items():
                 for way in outcome.paths(method):
                     way = [outcome.one("base"), *way]
@@ -196,25 +196,16 @@ def draw(outcomes: list[Outcome], path: Path, names: tuple[str, str]) -> None:
                               color=colour, linewidth=2 if method == "erpd rounds" else 0.7, alpha=0.7)
                 for row in told(outcome, method):
                     point(axes, row, which, color=colour, marker=marker, elinewidth=0.8, capsize=2, label=label)
-        kl_axis(axes, max(row[which + "kl"] for outcome in outcomes for row in outcome.rows))
+        kl_axis(axes, max(row[which + "kl"] for outcome in seeds for row in outcome.rows))
         axes.set_title("/".join(Path(name).parts[-2:]))
         axes.set_ylim(0, None)
         percent(axes.yaxis, decimals=None)
-    for outcome in outcomes:
-        figure.axes[0].plot(*outcome.limit[::-1], **LIMIT, scaley=False, label="the limit: no policy can be to the left")
-    legend(figure.axes[0], frameon=False, fontsize=8)
-    figure.axes[0].set_ylabel("right completions")
+    first = figure.axes[0]
+    for outcome in seeds:
+        first.plot(*outcome.limit[::-1], **LIMIT, scaley=False, label="the limit: no policy can be to the left")
+    legend(first, frameon=False, fontsize=8)
+    first.set_ylabel("right completions")
     figure.savefig(path, dpi=150)
-
-
-def report(results: Path, stage: str, picture: Path, names: tuple[str, str]) -> None:
-    """Print the table and draw the picture of all seeds whose base is measured."""
-    rows = [row for row in measured(results) if row["stage"] == stage]
-    seeds = sorted({row["seed"] for row in rows if row["method"] == "base"})
-    if seeds:
-        outcomes = [Outcome([row for row in rows if row["seed"] == seed]) for seed in seeds]
-        print(table(outcomes))
-        draw(outcomes, picture, names)
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -265,10 +256,11 @@ def main(given: list[str] | None = None) -> int:
         for everything in (False, True):  # of all seeds the most important first
             for stage in stages(arguments):
                 if time.monotonic() < until:
-                    run_stage(stage, results, folder, partial(print, stage.key, file=sys.stderr), at=GradeSchool,
-                              plan=partial(jobs, everything=everything), until=until)
-        report(results, stage.name, HERE / "gsm8k.png" if published else results.with_suffix(".png"),
-               (arguments.test, arguments.other))
+                    run_stage(stage, results, folder, GradeSchool, partial(jobs, everything=everything), until)
+        if found := outcomes(results, {"base"}).get(stage.name):
+            print(table(found))
+            draw(found, HERE / "gsm8k.png" if published else results.with_suffix(".png"),
+                 (arguments.test, arguments.other))
     except FloatingPointError as error:
         parser.exit(2, f"gsm8k.py: {error.args[0]} stopped, its loss is no longer finite: lower its learning rate\n")
     except (InputError, OSError) as error:

@@ -1,6 +1,7 @@
 """What the claims and their pictures ask of the measured rows of a stage at one seed: levels, paths, KL efficiency."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import kl
 from figures.experiments import measured
 
 LEVELS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6}  # of the way from the base's accuracy to 1
+STRONGEST = ("erpd", "weights: nll", "weights: sapo")  # jobs
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, by degrees of freedom
 
 
@@ -106,13 +108,13 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return x.mean().item(), half
 
 
-def outcomes(results: Path) -> dict[str, list[Outcome]]:
-    """The outcomes by stage; a seed counts once its ladders and its strongest opponents are there."""
+def outcomes(results: Path, needed: Iterable[str] = STRONGEST) -> dict[str, list[Outcome]]:
+    """The outcomes by stage; a seed counts once it has the jobs that are needed."""
     found: dict[tuple, list[dict]] = {}
     for row in measured(results):
         found.setdefault((row["stage"], row["seed"]), []).append(row)
     by_stage: dict[str, list[Outcome]] = {}
     for (name, _), rows in sorted(found.items(), key=lambda item: item[0][1]):
-        if {"erpd", "weights: nll", "weights: sapo"} <= {row["job"] for row in rows}:
+        if set(needed) <= {row["job"] for row in rows}:
             by_stage.setdefault(name, []).append(Outcome(rows))
     return by_stage

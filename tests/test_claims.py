@@ -114,14 +114,15 @@ def test_a_statistic_is_met_only_with_its_whole_interval():
     assert not claims.Statistic("C", "", [0.2], False, 0.33).met()  # one seed proves nothing
 
 
-def test_all_jobs_run_and_a_second_start_runs_none(tmp_path):
+def test_all_jobs_run_and_a_second_start_runs_none(tmp_path, capsys):
     """A job that is never reached in a short session; rows that are written twice after a stop."""
     stage = claims.quick_stage()
     config = replace(stage.config, problems=4, group=8, test_problems=4, test_samples=2, curve_samples=2,
                             limit_samples=4, explore_updates=2, unlearn_updates=2, distill_updates=2, operands=3)
     stage = replace(stage, config=config, rates=(3e-5, 1e-4), least=16, most=16, nll_least=16, shares=())
-    results, told = tmp_path / "claims.jsonl", []
-    experiments.run_stage(stage, results, tmp_path, told.append)
+    results = tmp_path / "claims.jsonl"
+    experiments.run_stage(stage, results, tmp_path)
+    told = [line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines() if line.startswith(stage.key)]
     lines = results.read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert {row["job"] for row in rows} == set(told)
