@@ -1,7 +1,6 @@
 """The pictures of figures/claims.py: each draws on a figure what the stages have come to, and returns its title.
 
-Bands and bars are 95 % intervals over seeds (Student's t). Colours are Okabe and Ito's, which the colour-blind can tell
-apart; a method has the same colour, and marker, in all pictures.
+Bands and bars are 95 % intervals over seeds (Student's t). A method has the same colour and marker in all pictures.
 """
 
 from pathlib import Path
@@ -10,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.frontier import COLOURS, legend, percent
+from figures.frontier import COLOURS, percent
 from figures.outcomes import Outcome, mean_interval
 
 Stages = dict[str, list[Outcome]]
@@ -33,7 +32,7 @@ STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.ti
 
 
 def means(columns) -> np.ndarray:
-    """[2, points] from the values of seeds [points, seeds]: the means, and half the width of their intervals."""
+    """[2, points] from values [points, seeds]: the means, and half the width of their intervals."""
     return np.array([mean_interval(list(values)) for values in columns]).T
 
 
@@ -71,13 +70,14 @@ def extreme_region(figure: Figure, stages: Stages) -> str:
     fallen.legend(*accuracy.get_legend_handles_labels(), loc="upper left")
     for axes in (entropy, fallen):
         axes.set_xlabel("updates on the stored batch (16 a pass)")
-    return ("Without a constraint the explorer rises first, then drifts and falls; the tighter the constraint, the "
-            f"lower it stays ({len(outcomes)} seeds)")
+    return ("Without a constraint the explorer rises first, then drifts and falls; "
+            f"the tighter the constraint, the lower it stays ({len(outcomes)} seeds)")
 
 
 def frontier(figure: Figure, stages: Stages) -> str:
     figure.set_size_inches(6.5 * len(stages), 5.4)
-    for axes, (name, outcomes) in zip(figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages.items()):
+    panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+    for axes, (name, outcomes) in zip(panels, stages.items()):
         base = np.mean([o.base for o in outcomes])
         heights = base + SHARES * (1 - base)
         # The limit of the mean pass rates, and the band of what the base's samples leave open of them.
@@ -87,17 +87,16 @@ def frontier(figure: Figure, stages: Stages) -> str:
         band = np.sort(drawn, axis=1).mean(0)  # [200 draws, shares]
         axes.fill_betweenx(heights, band[4], band[-5], color=BLACK, alpha=0.2, linewidth=0)
         for method, (colour, marker, line, label) in LOOKS.items():
-            some, strong = [o for o in outcomes if o.of(method)], method == "erpd"
+            some = [o for o in outcomes if o.of(method)]
             spent = np.array([[o.kl_at(method, o.level(share)) for o in some] for share in SHARES])
-            reached = np.isfinite(spent).all(1)
-            if not some or not reached.any():
-                continue
-            mean, half = means(spent[reached])
-            axes.plot(mean, heights[reached], color=colour, linestyle=line, marker=marker, markevery=6,
-                      markersize=6 if strong else 4, linewidth=2.4 if strong else 1.2, label=label,
-                      zorder=3 if strong else 4 if method.startswith("weights") else 2)
-            axes.fill_betweenx(heights[reached], np.maximum(1e-4, mean - half), mean + half, color=colour,
-                               alpha=0.25 if strong else 0.08, linewidth=0)
+            reached = np.isfinite(spent).all(1)  # by every seed
+            if some and reached.any():
+                mean, half = means(spent[reached])
+                width = 2.4 if method == "erpd" else 1.2
+                axes.plot(mean, heights[reached], color=colour, linestyle=line, linewidth=width, marker=marker,
+                          markersize=2 + 1.6 * width, markevery=6, label=label)
+                left = np.maximum(1e-4, mean - half)
+                axes.fill_betweenx(heights[reached], left, mean + half, color=colour, alpha=0.12, linewidth=0)
         axes.axhline(base, **BASE)
         axes.text(0.011, base + 0.006, "base", fontsize=8, color="grey")
         axes.set(xscale="log", xlim=(0.01, 8), title=f"{TITLES[name]}; {len(outcomes)} seeds",
@@ -106,47 +105,35 @@ def frontier(figure: Figure, stages: Stages) -> str:
         percent(axes.yaxis)
     figure.axes[0].set_ylabel("right completions, held out")
     figure.axes[0].legend(loc="upper left")
-    return ("Cross-entropy moved back keeps up with the student; what the token signal adds is over the outcome, most "
-            "where right completions are rare")
+    return ("Cross-entropy moved back keeps up with the student; "
+            "what the token signal adds is over the outcome, most where right completions are rare")
 
 
 def weak_teachers(figure: Figure, stages: Stages) -> str:
-    figure.set_size_inches(6.4 * len(stages), 5.2)
-    kinds = {"teacher": (BLUE, "o", "signal: teacher over base"),
-             "contrast": (VERMILION, "D", "signal: teacher over unlearned policy"),
-             "crossed": (PINK, "s", "the same, teachers of the other half of the problems"),
-             "unlearned": (GREEN, "v", "signal: base over unlearned policy")}
-    for axes, (name, outcomes) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items()):
+    """Students at one budget beside their teachers, from the weakest teacher up; the combined one has no accuracy."""
+    figure.set_size_inches(7.5 * len(stages), 5)
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axes, (name, outcomes) in zip(panels, stages.items()):
+        labels, teachers, students = [], [], []
         for row in outcomes[0].of("student"):
-            kind, loss, at = row["kind"], row.get("teacher", "unlearned"), row["at"]
-            y, dy = mean_interval([o.one("student", path=row["path"], at=at)["accuracy"] for o in outcomes])
-            if "+" in loss:
-                axes.axhline(y, color=VERMILION, linewidth=1, linestyle="--",
-                             label="three teachers: sapo + mse + nll, by contrast")
-                continue
-            which = {"lr": row["lr"], "at": at} if kind != "unlearned" else {}
-            x, dx = mean_interval([o.one(loss, **which)["accuracy"] for o in outcomes])
-            colour, marker, label = kinds[kind]
-            axes.errorbar(x, y, dy, dx, color=colour, marker=marker, markersize=7, elinewidth=0.8, capsize=2,
+            labels.append(f"{row['path']}, {row['at']} updates" if row["at"] else row["path"])
+            about = {key: row[key] for key in ("lr", "at") if "lr" in row}
+            teacher = row.get("teacher", "unlearned")
+            teachers.append([found["accuracy"] for o in outcomes for found in o.of(teacher, **about)])
+            students.append([o.one("student", path=row["path"], at=row["at"])["accuracy"] for o in outcomes])
+        order = np.argsort(np.nan_to_num(means(teachers)[0], nan=1), kind="stable")
+        for (mean, half), colour, marker, label in ((means(teachers), "grey", "o", "teacher"),
+                                                    (means(students), VERMILION, "D", "its student")):
+            axes.errorbar(mean[order], range(len(labels)), xerr=half[order], color=colour, marker=marker, capsize=2,
                           linestyle="none", label=label)
-            if kind in ("contrast", "unlearned"):
-                below = loss in ("mse", "ce")  # beside others as accurate
-                axes.annotate(f"{loss} {at}" if loss == "sapo" else loss, (x, y), xytext=(3, -12 if below else 10),
-                              textcoords="offset points", rotation=-50 if below else 50,
-                              va="top" if below else "bottom", fontsize=8)
+        axes.set_yticks(range(len(labels)), [labels[k] for k in order])
+        axes.axvline(np.mean([o.base for o in outcomes]), **BASE, label="base")
         control = [o.one("control", at=row["budget"])["accuracy"] for o in outcomes if o.of("control")]
-        for values, text in ([o.base for o in outcomes], "base"), (control, "the control, Â in place of δ_t"):
-            axes.axhline(np.mean(values), **BASE)
-            axes.text(0.02, np.mean(values) - 0.03, text, fontsize=8, color="grey")
-        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        axes.text(0.86, 0.84, "student = teacher", fontsize=8, color="grey", rotation=45, ha="right",
-                  rotation_mode="anchor")
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="right completions of the teacher, held out",
-                 ylabel=f"right completions of its student, KL budget {row['budget']:g}",
-                 title=f"{TITLES[name]}; {len(outcomes)} seeds")
+        axes.axvline(np.mean(control), color="grey", linewidth=1, linestyle="--", label="Â in place of δ_t")
+        axes.set(xlim=(0, 1), title=f"{TITLES[name]}; {len(outcomes)} seeds",
+                 xlabel=f"right completions, held out; students with a KL budget of {row['budget']:g}")
         percent(axes.xaxis)
-        percent(axes.yaxis)
-        legend(axes, loc="lower right")
+        axes.legend(loc="upper left")
     return "A teacher's own accuracy hardly matters to its student"
 
 
@@ -209,7 +196,7 @@ def which_wins(figure: Figure, stages: Stages) -> str:
 
 
 def draw(by_stage: Stages) -> None:
-    """The pictures of what has been run, beside this file; the map once there is more than the two main stages."""
+    """The pictures of what has been run; the map once there is more than the two main stages."""
     def have(method: str, *names: str) -> Stages:
         found = {name: [o for o in by_stage.get(name, []) if o.of(method)] for name in names}
         return {name: some for name, some in found.items() if some}

@@ -1,4 +1,4 @@
-"""What figures/claims.py judges, measured: every policy of every method, on problems that none of them saw.
+"""What figures/claims.py judges: every policy of every method, on problems that none of them saw.
 
 A *stage* is a base policy, its problems, a size of batch and a seed. A *job* is a path of policies on a stage: an
 explorer's checkpoints, students at a ladder of budgets, a policy moved back step by step. All jobs of a stage share the
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import erpd
@@ -58,7 +58,7 @@ def carries(question: str) -> int:
 
 
 class Combined(torch.nn.Module):
-    """The policy π ∝ Π_k π_k^w_k of several models: decoding in the logits, without training. w may add up to anything.
+    """The policy π ∝ Π_k π_k^w_k of several models: decoding in the logits, without training.
 
     One model with w = 1/T is that model at temperature T; (1 − λ, λ) goes from one policy to another.
     """
@@ -76,36 +76,37 @@ class Combined(torch.nn.Module):
         return None  # the logits are no linear layer's
 
     def forward(self, past_key_values=None, **inputs):
-        count = len(self.models)
-        caches = [None] * count
+        caches = [None] * len(self.models)
         if past_key_values is not None:
-            share = len(past_key_values.layers) // count
-            caches = [DynamicCache() for _ in self.models]
-            for k, cache in enumerate(caches):
-                cache.layers = past_key_values.layers[k * share:(k + 1) * share]
+            layers = past_key_values.layers
+            share = len(layers) // len(self.models)
+            caches = [Cache(layers=layers[k:k + share]) for k in range(0, len(layers), share)]
         outputs = [model(past_key_values=cache, **inputs) for model, cache in zip(self.models, caches)]
         logits = sum(w * kl.log_softmax(output.logits) for w, output in zip(self.weights, outputs))
         if outputs[0].past_key_values is not None and past_key_values is None:
-            past_key_values = DynamicCache()
-            past_key_values.layers = [layer for output in outputs for layer in output.past_key_values.layers]
+            layers = [layer for output in outputs for layer in output.past_key_values.layers]
+            past_key_values = Cache(layers=layers)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
 class Bench:
-    """One stage at work. `folder` keeps what is only a means: weights of checkpoints."""
+    """One stage at work: its policies, problems and measurements; then the direct methods, ERPD and rounds.
+
+    `folder` keeps what is only a means: weights of checkpoints.
+    """
 
     def __init__(self, stage: Stage, folder: Path, rows: list[dict]):
         self.stage, self.config, self.folder, self.rows = stage, stage.config, folder, rows
         self.seed = self.config.seed * 1000 + 1  # of the first round, as in erpd.run
         folder.mkdir(parents=True, exist_ok=True)
         self.problems, self.held_out = self.draw()
+        self.first = self.problems[:self.config.problems]  # the stored batch's
         self.base, self.tokenizer = self.load(self.config.model)
-
-    # ------------------------------------------------------------------------------------------- problems and policies
 
     def draw(self) -> tuple[list[Problem], list[Problem]]:
         """(problems to train on, those of the stored batch first; problems held out)."""
-        config, wanted = replace(self.config, rounds=8 if self.stage.everything else 1), self.stage.carries
+        wanted = self.stage.carries
+        config = replace(self.config, rounds=8 if self.stage.everything else 1)
         if not wanted:
             return erpd.problems_of(config)
         many = replace(config, problems=40 * config.problems, test_problems=40 * config.test_problems)
@@ -120,8 +121,7 @@ class Bench:
     @cached_property
     def batch(self) -> tuple[rollout.Rollouts, Tensor]:
         """(rollouts, Â): the stored batch of all jobs."""
-        problems = self.problems[:self.config.problems]
-        return erpd.stored_batch(self.base, self.tokenizer, problems, self.config, self.seed)
+        return erpd.stored_batch(self.base, self.tokenizer, self.first, self.config, self.seed)
 
     @property
     def rollouts(self) -> rollout.Rollouts:
@@ -159,25 +159,24 @@ class Bench:
         model.load_state_dict(weights[at] if at else weights)
         return model
 
-    # ----------------------------------------------------------------------------------------------- the direct methods
-
     def until_it_stops(self, loss: str, lr: float, kl_coef: float = 0.0) -> None:
         """A direct method, measured each time that its updates have doubled, until its accuracy has stopped rising:
         after `least` updates or more it is not above the last checkpoint's 95 % interval.
         """
         config = replace(self.config, explore_lr=lr, kl_coef=kl_coef)
+        about = {"method": loss, "path": f"lr {lr:g}", "lr": lr, "kl_coef": kl_coef, "rollouts": len(self.rollouts)}
+        if kl_coef:
+            about |= {"method": f"{loss} + KL", "path": f"lr {lr:g}, KL {kl_coef:g}"}
         least = self.stage.nll_least if loss == "nll" else self.stage.least
         start, done, kept, best, last = erpd.trainable(self.base, lr), 0, {}, -1.0, math.inf
         while done < self.stage.most:
             updates = done or self.stage.least // 16
-            model = erpd.explore(self.base, *self.batch, config, loss=loss, updates=updates, seed=self.seed + done,
-                                 start=start)
+            model = erpd.explore(self.base, *self.batch, config, loss=loss, updates=updates,
+                                 seed=self.seed + done, start=start)
             done += updates
             log_ratio = ((self.score(model) - self.rollouts.log_probs) * self.rollouts.mask).sum(1)
             fallen = (log_ratio < -5).float().mean().item()  # stored completions whose probability fell by e^5
-            row = self.measure(model, self.config.curve_samples, method=loss + (" + KL" if kl_coef else ""), at=done,
-                               path=f"lr {lr:g}" + (f", KL {kl_coef:g}" if kl_coef else ""), lr=lr, kl_coef=kl_coef,
-                               fallen=fallen, rollouts=len(self.rollouts))
+            row = self.measure(model, self.config.curve_samples, **about, at=done, fallen=fallen)
             if self.stage.all_weights or row["accuracy"] > best:
                 kept = kept if self.stage.all_weights else {}
                 kept[done] = copy.deepcopy(model.state_dict())
@@ -190,16 +189,17 @@ class Bench:
     def direct(self, loss: str, kl_coef: float = 0.0) -> dict[str, Callable]:
         """The jobs of a direct method, by learning rate."""
         penalty = f" KL {kl_coef:g}" if kl_coef else ""
-        return {f"{loss} {lr:g}{penalty}": partial(self.until_it_stops, loss, lr, kl_coef) for lr in self.stage.rates}
+        return {f"{loss} {lr:g}{penalty}": partial(self.until_it_stops, loss, lr, kl_coef)
+                for lr in self.stage.rates}
 
     def checkpoint(self, loss: str, lr: float, at: int):
         """The policy of a path after `at` updates."""
         return self.policy(f"{loss}-{lr:g}-0", partial(self.until_it_stops, loss, lr), at)
 
     def temperatures(self, *values: float) -> None:
-        for temperature in values:
-            self.measure(Combined([self.base], [1 / temperature]), method="temperature", path="temperature",
-                         at=temperature)
+        for value in values:
+            policy = Combined([self.base], [1 / value])
+            self.measure(policy, method="temperature", path="temperature", at=value)
 
     def steps_back(self, loss: str, kind: str) -> None:
         """The most accurate checkpoint of a loss, moved back towards the base; last, the checkpoint itself."""
@@ -215,22 +215,25 @@ class Bench:
         """On-policy GRPO with `times` as many rollouts as the stored batch, measured from a quarter of them on."""
         config, problems = replace(self.config, explore_lr=lr), self.problems[:self.config.problems * times]
         steps = -(-len(problems) // max(1, config.explore_batch // config.group))
+        method = "grpo" if times == 1 else f"grpo {times}×"
 
         def watch(_, model, update: int) -> None:
             if update >= steps // 4:
-                self.measure(model, method="grpo" if times == 1 else f"grpo {times}×", path=f"lr {lr:g}", at=update,
-                             lr=lr, rollouts=update * len(problems) // steps * config.group)
+                rollouts = update * len(problems) // steps * config.group
+                self.measure(model, method=method, path=f"lr {lr:g}", at=update, lr=lr, rollouts=rollouts)
 
         model = erpd.grpo(self.base, self.tokenizer, problems, config, seed=self.config.seed, watch=watch)
         torch.save(model.state_dict(), self.folder / f"grpo-{lr:g}-{times}.pt")
-
-    # --------------------------------------------------------------------------------------------------------- ERPD
 
     def unlearned(self, rollouts: rollout.Rollouts, advantage: Tensor):
         """The policy that is taught the reverse."""
         config = self.config
         return erpd.explore(self.base, replace(rollouts, rewards=1 - rollouts.rewards), -advantage, config,
                             loss=config.unlearn_loss, updates=config.unlearn_updates, seed=self.seed)
+
+    def measure_unlearned(self) -> None:
+        model = self.unlearned(*self.batch)
+        self.measure(model, method="unlearned", path="unlearned", at=self.config.unlearn_updates)
 
     @cached_property
     def log_unlearned(self) -> Tensor:
@@ -249,10 +252,9 @@ class Bench:
 
     def student(self, signal: Tensor, budget: float, **about) -> None:
         """Stage 2 as in erpd.one_round, at a budget."""
-        problems = self.problems[:self.config.problems]
         student = erpd.distill(self.base, self.rollouts, signal, budget, self.config, seed=self.seed)
-        student, spent = erpd.within_budget(self.base, student, self.tokenizer, problems, budget, self.config,
-                                            self.seed)
+        student, spent = erpd.within_budget(
+            self.base, student, self.tokenizer, self.first, budget, self.config, self.seed)
         self.measure(student, **{"at": budget, **about}, budget=budget, spent=spent, rollouts=len(self.rollouts))
 
     def ladder(self, method: str, kind: str, budgets: tuple[float, ...]) -> None:
@@ -265,16 +267,16 @@ class Bench:
         """Students of teachers from strong to collapsed, by every signal, at one budget; and of several teachers."""
         least, slow, fast = self.stage.least, self.config.explore_lr, self.stage.rates[-2]
         student = partial(self.student, budget=self.stage.budgets[1], method="student")
-        # SAPO's from early to collapsed, one of each other loss; the last three also together.
-        drifted = [("sapo", slow, least // 16), ("sapo", slow, least // 4), ("ce", fast, least // 2),
-                   ("sapo", slow, least), ("mse", fast, least // 2), ("nll", fast, self.stage.nll_least)]
-        for loss, lr, at in drifted:
+        several = [("sapo", slow, least), ("mse", fast, least // 2), ("nll", fast, self.stage.nll_least)]
+        early = [("sapo", slow, least // 16), ("sapo", slow, least // 4), ("ce", fast, least // 2)]
+        for loss, lr, at in early + several:
             for kind in ("teacher", "contrast") if loss in ("sapo", "nll") else ("contrast",):
                 student(self.signal(kind, loss, lr, at), path=f"{loss}, {kind}", kind=kind, teacher=loss, lr=lr, at=at)
         student(self.signal("unlearned"), path="unlearned", kind="unlearned", at=0)
-        several = [self.signal("contrast", *teacher) for teacher in drifted[-3:]]
-        student(erpd.combine_signals(several, [1, 1, 1], self.rollouts.mask), path="sapo + mse + nll, contrast",
-                kind="contrast", teacher="sapo + mse + nll", at=0)
+        signals = [self.signal("contrast", *teacher) for teacher in several]
+        combined = erpd.combine_signals(signals, [1, 1, 1], self.rollouts.mask)
+        names = "sapo + mse + nll"
+        student(combined, path=f"{names}, contrast", kind="contrast", teacher=names, at=0)
 
     def crossed(self) -> None:
         """The contrast, where each half of the problems is scored by teachers that saw only the other half."""
@@ -292,8 +294,6 @@ class Bench:
         self.student(signal, self.stage.budgets[1], method="student", path="sapo, contrast, crossed", kind="crossed",
                      teacher="sapo", lr=self.config.explore_lr, at=self.stage.least)
 
-    # ------------------------------------------------------------------------------------------------------- rounds
-
     def rounds(self, method: str, one: Callable = erpd.one_round, count: int = 4, base=None,
                problems: list[Problem] | None = None, before: int = 0, **settings) -> None:
         """Rounds, each with new problems and the budget of its own limit; `before`: rollouts that `base` took."""
@@ -307,7 +307,8 @@ class Bench:
 
     def after_grpo(self) -> None:
         """One round of ERPD from where eight times the rollouts of GRPO ended, on its last problems."""
-        best = max((r for r in self.rows if r["method"] == "grpo 8×"), key=lambda r: (r["rollouts"], r["accuracy"]))
+        best = max((row for row in self.rows if row["method"] == "grpo 8×"),
+                   key=lambda row: (row["rollouts"], row["accuracy"]))
         base = self.policy(f"grpo-{best['lr']:g}-8", partial(self.grpo, best["lr"], 8))
         self.rounds("grpo, then erpd", count=1, base=base, problems=self.problems[-self.config.problems:],
                     before=best["rollouts"])
@@ -333,12 +334,11 @@ def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int
 
 def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
     """Every job of a stage by name, in the order in which they build on one another."""
-    stage, config = bench.stage, bench.config
+    stage = bench.stage
     plan: dict[str, Callable[[], object]] = {"base": bench.limit}
     for loss in ("sapo", "nll", "mse", "ce", "clip") if stage.everything else ("sapo", "nll"):
         plan |= bench.direct(loss)
-    plan |= {"unlearned policy": lambda: bench.measure(bench.unlearned(*bench.batch), method="unlearned",
-                                                       path="unlearned", at=config.unlearn_updates),
+    plan |= {"unlearned policy": bench.measure_unlearned,
              "erpd": partial(bench.ladder, "erpd", "contrast", stage.budgets),
              "erpd, unlearned": partial(bench.ladder, "erpd, unlearned", "unlearned", stage.budgets),
              "weights: nll": partial(bench.steps_back, "nll", "weights"),
@@ -366,8 +366,9 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
 
 def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench,
               plan: Callable[[Bench], dict[str, Callable]] = jobs, until: float = math.inf) -> None:
-    """Run the missing jobs of a stage; their rows go to `results`. From time.monotonic() = `until` on, none begins."""
-    done = [row for row in measured(results) if row["stage"] == stage.name and row["seed"] == stage.config.seed]
+    """Run the missing jobs of a stage; their rows go to `results`. None begins after time.monotonic() = `until`."""
+    mine = {"stage": stage.name, "seed": stage.config.seed}
+    done = [row for row in measured(results) if mine.items() <= row.items()]
     bench = at(stage, folder / stage.key, list(done))
     for name, work in plan(bench).items():
         if not any(row["job"] == name for row in done):
@@ -376,8 +377,8 @@ def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench
             before = len(bench.rows)
             with rollout.autocast(stage.config.precision, bench.base.device):
                 work()
-            lines = [json.dumps({"stage": stage.name, "seed": stage.config.seed, "job": name, **row},
-                                ensure_ascii=False) + "\n" for row in bench.rows[before:]]
+            rows = [mine | {"job": name} | row for row in bench.rows[before:]]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             with open(results, "ab", buffering=0) as file:  # one write: stages side by side append whole jobs
                 file.write("".join(lines).encode())
         print(f"{stage.key}: {name}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the claims and their pictures ask of the measured rows of a stage at one seed: levels, paths, KL efficiency."""
+"""What claims and pictures ask of the rows of a stage at one seed: levels, paths, KL efficiency."""
 
 import math
 from collections.abc import Iterable
@@ -20,8 +20,10 @@ class Outcome:
     """The rows of a stage at one seed, and what the claims ask of them."""
 
     def __init__(self, rows: list[dict]):
-        self.rows = [row | {"method": f"{row['method']} {row['kl_coef']:g}"} if row.get("kl_coef") else row
-                     for row in rows]
+        self.rows = [dict(row) for row in rows]
+        for row in self.rows:
+            if row.get("kl_coef"):
+                row["method"] += f" {row['kl_coef']:g}"  # clip + KL 0.2
         base = self.one("base")
         self.base, self.entropy, self.samples = base["accuracy"], base["entropy"], base["samples"]
         self.right = (torch.tensor(base["pass_rates"], dtype=torch.float64) * self.samples).round()
@@ -33,13 +35,14 @@ class Outcome:
         return self.base + share * (1 - self.base)
 
     def limits(self, draws: int = 200) -> list[tuple[list[float], list[float]]]:
-        """The limit for pass rates drawn from what the base's samples leave open (Jeffreys' posterior, as smoothed)."""
+        """The limit for pass rates drawn from what the base's samples leave open: Jeffreys' posterior."""
         torch.manual_seed(0)
         rates = Beta(self.right + 0.5, self.samples - self.right + 0.5).sample((draws,))
         return [kl.least_kl(one, points=400) for one in rates]
 
     def of(self, method: str, **fields) -> list[dict]:
-        return [row for row in self.rows if row["method"] == method and all(row.get(k) == v for k, v in fields.items())]
+        wanted = fields | {"method": method}
+        return [row for row in self.rows if wanted.items() <= row.items()]
 
     def one(self, method: str, **fields) -> dict:
         return self.of(method, **fields)[0]
@@ -79,11 +82,13 @@ class Outcome:
         return self.least(row["accuracy"]) / row["kl"] if row["accuracy"] > self.base else 0.0
 
     def still_rising(self) -> list[str]:
-        """Paths of direct methods whose last checkpoint is above the last but one's interval: they end too early."""
-        return [f"{method}, {path[-1]['path']}, update {path[-1]['at']}"
-                for method in {row["method"]: None for row in self.rows if "fallen" in row}
-                for path in self.paths(method)
-                if len(path) > 1 and path[-1]["accuracy"] > path[-2]["accuracy_interval"][1]]
+        """Paths of direct methods that end too early: above the last but one checkpoint's interval."""
+        found = []
+        for method in {row["method"]: None for row in self.rows if "fallen" in row}:
+            for *_, before, last in (path for path in self.paths(method) if len(path) > 1):
+                if last["accuracy"] > before["accuracy_interval"][1]:
+                    found.append(f"{method}, {last['path']}, update {last['at']}")
+        return found
 
 
 def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:
@@ -95,14 +100,13 @@ def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:
 
 
 def kl_on_path(path: list[dict], start: float, accuracy: float) -> float:
-    """KL where a path from the base (accuracy `start`, KL 0) first reaches an accuracy; between points linear in √KL.
-    """
+    """KL where a path from the base (accuracy `start`) first reaches an accuracy, which goes linearly with √KL."""
     roots = [(row["accuracy"], math.sqrt(max(0.0, row["kl"]))) for row in path]
     return first_crossing([(start, 0.0), *roots], accuracy) ** 2
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half the width of its 95 % interval) over the seeds that have a value; NaN for what cannot be known."""
+    """(mean, half the width of its 95 % interval) over the seeds that have a value; NaN where unknown."""
     x = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
     half = T95[min(len(x) - 1, 9)] * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
     return x.mean().item(), half
