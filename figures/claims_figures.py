@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.frontier import COLOURS, percent
+from figures.frontier import COLOURS, legend, percent
 from figures.outcomes import Outcome, mean_interval
 
 Stages = dict[str, list[Outcome]]
@@ -18,7 +18,7 @@ BLACK, ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, YELLOW = COLOURS
 LOOKS = {  # method → (colour, marker, line, label)
     "erpd": (VERMILION, "D", "-", "ERPD student"),
     "nll": (BLUE, "o", "-", "cross-entropy on the right completions"),
-    "weights: nll": (BLUE, "v", "--", "  its weights towards the base"),
+    "weights: nll": (BLUE, "v", "--", "cross-entropy, its weights towards the base"),
     "grpo 8×": (SKY, "h", "-", "on-policy GRPO, 8× the rollouts"),
     "sapo": (ORANGE, "P", "-", "SAPO (the explorer)"),
     "control": ("grey", "d", ":", "stage 2 with Â in place of δ_t (the control)")}
@@ -171,28 +171,24 @@ def rounds(figure: Figure, stages: Stages) -> str:
 
 
 def which_wins(figure: Figure, stages: Stages) -> str:
-    """The map: ERPD and the best of the others, stage by stage, by KL efficiency and by ceiling."""
-    labels = {"erpd": "ERPD", "nll": "cross-entropy", "weights: nll": "cross-entropy, moved back", "sapo": "SAPO",
-              "weights: sapo": "SAPO, moved back"}
-    figure.set_size_inches(11, 1.2 + 0.7 * len(stages))
-    measures = {"KL efficiency, 1/2 of the way": lambda o, method: o.efficiency(method, o.levels[1]),
-                "ceiling": Outcome.best}
+    """The map: every stage that was run, by KL efficiency half of the way and by ceiling."""
+    figure.set_size_inches(11, 1.5 + 0.9 * len(stages))
+    looks = LOOKS | {"weights: sapo": (ORANGE, "v", "--", "SAPO, its weights towards the base")}
+    measures = {"KL efficiency 1/2 of the way, where all seeds get there": lambda o, m: o.efficiency(m, o.levels[1]),
+                "right completions, the ceiling": Outcome.best}
     for axes, (title, measure) in zip(figure.subplots(1, 2, sharey=True), measures.items()):
-        for y, outcomes in enumerate(stages.values()):
-            found = {method: [measure(o, method) for o in outcomes] for method in labels}
-            found = {method: values for method, values in found.items() if np.isfinite(values).all()}
-            rival = max(set(found) - {"erpd"}, key=lambda method: np.mean(found[method]), default=None)
-            for method, place in ("erpd", y - 0.2), (rival, y + 0.2):
-                if method in found:
-                    mean, half = mean_interval(found[method])
-                    colour = LOOKS[method.removeprefix("weights: ")][0]
-                    axes.barh(place, mean, 0.36, xerr=half, color=colour, alpha=0.6, ecolor="grey")
-                    axes.text(0.01, place, f"{labels[method]} {mean:.2f}", va="center", fontsize=8)
+        for k, (method, (colour, marker, _, label)) in enumerate(looks.items()):
+            for y, outcomes in enumerate(stages.values()):
+                values = [measure(o, method) for o in outcomes]
+                if np.isfinite(values).all():
+                    mean, half = mean_interval(values)
+                    axes.errorbar(mean, y + 0.1 * k, xerr=half, color=colour, marker=marker, label=label)
         axes.set(xlim=(0, 1), title=title)
     bases = {name: np.mean([o.base for o in outcomes]) for name, outcomes in stages.items()}
-    axes.set_yticks(range(len(bases)), [f"{name}: base {base:.0%}" for name, base in bases.items()])
+    axes.set_yticks(np.arange(len(bases)) + 0.3, [f"{name}: base {base:.0%}" for name, base in bases.items()])
     axes.invert_yaxis()
-    return "Which method wins where: ERPD, and the best of the others"
+    legend(axes, on=figure, loc="outside lower center", ncols=4)
+    return "Which method wins where"
 
 
 def draw(by_stage: Stages) -> None:

@@ -55,11 +55,11 @@ def percent(axis, decimals: int | None = 0) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals))
 
 
-def legend(axes, **look) -> None:
-    """Each label once."""
+def legend(axes, on=None, **look) -> None:
+    """Each label once, on the axes or on the figure."""
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles))
-    axes.legend(once.values(), once.keys(), **look)
+    (on or axes).legend(once.values(), once.keys(), **look)
 
 
 def point(axes, row: dict, which: str = "", **look) -> None:
