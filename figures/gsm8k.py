@@ -77,7 +77,8 @@ class GradeSchool(Bench):
         self.solutions = self.shortest(worked_solutions(self.config.data), lambda both: both[0].question + both[1])
         held_out, self.others = (self.shortest(load_problems(source, "test", divide=False), lambda p: p.question)
                                  for source in (self.config.test_data, self.stage.other))
-        some, needed = [problem for problem, _ in self.solutions[-(self.stage.kept or 0):]], self.config.problems
+        needed = self.config.problems
+        some = [problem for problem, _ in self.solutions[-(self.stage.kept or 0):]]
         if len(some) < ROUNDS * needed:
             raise InputError(f"{self.config.data}: {ROUNDS} rounds take {ROUNDS * needed} problems; it has {len(some)}")
         random.Random(self.config.seed).shuffle(some)
@@ -115,8 +116,8 @@ class GradeSchool(Bench):
 
     @cached_property
     def batch(self):
-        return erpd.stored_batch(self.base, self.tokenizer, self.problems[:self.config.problems], self.config,
-                                 self.seed, self.memory(f"round-{self.seed}"))
+        memory = self.memory(f"round-{self.seed}")
+        return erpd.stored_batch(self.base, self.tokenizer, self.first, self.config, self.seed, memory)
 
     def round(self, *args, seed: int, **more):
         """A round of ERPD that goes on where it was stopped."""
@@ -186,7 +187,7 @@ def table(seeds: list[Outcome]) -> str:
 
 def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
     """Accuracy against KL on both sets: all ways, thin; what the table tells, large, with its interval; the limits."""
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    figure = Figure(figsize=(14, 5.2), layout="constrained")
     for axes, which, name in zip(figure.subplots(1, 2), ("", "other_"), names):
         for outcome in seeds:
             for method, (label, colour, marker) in METHODS.items():
@@ -249,8 +250,8 @@ def main(given: list[str] | None = None) -> int:
     if min(arguments.seeds, arguments.passes, arguments.lr) <= 0 or not arguments.minutes >= 0:
         parser.error("--seeds, --passes and --lr must be above 0, and --minutes not below")
     until, folder = time.monotonic() + 60 * arguments.minutes, arguments.folder
-    published = not (arguments.quick or arguments.results)
-    results = HERE / "results" / "gsm8k.jsonl" if published else arguments.results or folder / "gsm8k.jsonl"
+    results = arguments.results or (folder if arguments.quick else HERE / "results") / "gsm8k.jsonl"
+    picture = HERE / "gsm8k.png" if results.parent == HERE / "results" else results.with_suffix(".png")
     try:
         results.parent.mkdir(parents=True, exist_ok=True)
         for everything in (False, True):  # of all seeds the most important first
@@ -259,8 +260,7 @@ def main(given: list[str] | None = None) -> int:
                     run_stage(stage, results, folder, GradeSchool, partial(jobs, everything=everything), until)
         if found := outcomes(results, {"base"}).get(stage.name):
             print(table(found))
-            draw(found, HERE / "gsm8k.png" if published else results.with_suffix(".png"),
-                 (arguments.test, arguments.other))
+            draw(found, picture, (arguments.test, arguments.other))
     except FloatingPointError as error:
         parser.exit(2, f"gsm8k.py: {error.args[0]} stopped, its loss is no longer finite: lower its learning rate\n")
     except (InputError, OSError) as error:
