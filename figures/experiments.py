@@ -42,10 +42,6 @@ class Stage:
     all_weights: bool = True  # of a direct method's checkpoints are kept; False: the best one's
     shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets than the default's
 
-    @property
-    def key(self) -> str:
-        return f"{self.name}-s{self.config.seed}"
-
 
 def carries(question: str) -> int:
     """Steps of a chain in which the units carry: where the embedded policy's habit can strike."""
@@ -367,9 +363,9 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
 def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench,
               plan: Callable[[Bench], dict[str, Callable]] = jobs, until: float = math.inf) -> None:
     """Run the missing jobs of a stage; their rows go to `results`. None begins after time.monotonic() = `until`."""
-    mine = {"stage": stage.name, "seed": stage.config.seed}
+    key, mine = f"{stage.name}-s{stage.config.seed}", {"stage": stage.name, "seed": stage.config.seed}
     done = [row for row in measured(results) if mine.items() <= row.items()]
-    bench = at(stage, folder / stage.key, list(done))
+    bench = at(stage, folder / key, list(done))
     for name, work in plan(bench).items():
         if not any(row["job"] == name for row in done):
             if time.monotonic() >= until:
@@ -381,7 +377,7 @@ def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             with open(results, "ab", buffering=0) as file:  # one write: stages side by side append whole jobs
                 file.write("".join(lines).encode())
-        print(f"{stage.key}: {name}", file=sys.stderr)
+        print(f"{key}: {name}", file=sys.stderr)
 
 
 def measured(results: Path) -> list[dict]:

@@ -10,7 +10,7 @@ import torch
 
 import rollout
 from conftest import EOS
-from figures import claims, experiments, outcomes
+from figures import claims, claims_figures, experiments, outcomes
 
 
 def test_a_combined_policy_is_the_normalised_product(make_model, device):
@@ -114,15 +114,25 @@ def test_a_statistic_is_met_only_with_its_whole_interval():
     assert not claims.Statistic("C", "", [0.2], False, 0.33).met()  # one seed proves nothing
 
 
+def test_the_map_is_of_the_cells_that_were_run(tmp_path, monkeypatch):
+    """Mistake: a map that needs every cell or every method, or one of the main stages alone."""
+    monkeypatch.setattr(claims_figures, "HERE", tmp_path)
+    o = outcome(row("erpd", 0.9, 0.9), row("nll", 0.5, 0.9))
+    claims_figures.draw({"main": [o, o]})
+    assert [path.name for path in tmp_path.iterdir()] == ["frontier.png"]
+    claims_figures.draw({"main": [o, o], "16 prompts": [o]})
+    assert (tmp_path / "which_wins.png").stat().st_size > 10_000
+
+
 def test_all_jobs_run_and_a_second_start_runs_none(tmp_path, capsys):
     """A job that is never reached in a short session; rows that are written twice after a stop."""
     stage = claims.quick_stage()
     config = replace(stage.config, problems=4, group=8, test_problems=4, test_samples=2, curve_samples=2,
-                            limit_samples=4, explore_updates=2, unlearn_updates=2, distill_updates=2, operands=3)
+                     limit_samples=4, explore_updates=2, unlearn_updates=2, distill_updates=2, operands=3)
     stage = replace(stage, config=config, rates=(3e-5, 1e-4), least=16, most=16, nll_least=16, shares=())
     results = tmp_path / "claims.jsonl"
     experiments.run_stage(stage, results, tmp_path)
-    told = [line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines() if line.startswith(stage.key)]
+    told = [line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines() if line.startswith("main-s0: ")]
     lines = results.read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert {row["job"] for row in rows} == set(told)
