@@ -156,16 +156,15 @@ def rounds(figure: Figure, stages: Stages) -> str:
                 accuracy, spent = ([[row[what] for row in rows] for rows in points] for what in ("accuracy", "kl"))
                 look = {"color": colour, "marker": marker, "linestyle": line, "label": label}
                 banded(left, [rows[0]["rollouts"] for rows in points], accuracy, **look)
-                banded(right, means(spent)[0], accuracy, **look | {"label": None})
+                banded(right, means(spent)[0], accuracy, **look)
         base = np.mean([o.base for o in outcomes])
         limit, _ = means([o.least(o.level(share)) for o in outcomes] for share in SHARES)
         right.plot(limit, base + SHARES * (1 - base), **LIMIT, label="the limit")
         left.set(xlabel="rollouts that were used to train", ylabel="right completions, held out", ylim=(0, 1.02),
                  title=f"{TITLES[name]}; {len(outcomes)} seeds")
         right.set(xlabel="KL(π‖π₀) to the first base, nats a completion", xlim=(0, None))
-        right.legend(loc="lower right")
+        left.legend(*right.get_legend_handles_labels(), loc="lower right")
         percent(left.yaxis)
-        left.legend(loc="lower right")
     return ("With a budget from the limit rounds go on rising, from half of GRPO's rollouts; expert iteration under "
             "the same budgets does as well or better")
 
