@@ -84,24 +84,23 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
         return chain_problems(count, split, operands, seed)
     if split not in ("train", "test", "all"):
         raise InputError(f"unknown split {split!r}: use train, test or all")
-    splits, problems = load_splits(source), {}
-    published = split in splits and len(splits) > 1
-    if not published and split != "all" and len(splits) > 1:
+    splits = load_splits(source)
+    whole = split == "all" or len(splits) == 1
+    if not whole and split not in splits:
         raise InputError(f"{source} has no split {split!r}: it has {', '.join(splits)}")
-    rows = splits[split] if published else [row for rows in splits.values() for row in rows]
-    for n, row in enumerate(rows, start=1):
-        problem = row_problem(row, f"{source}, problem {n}", question_field, answer_field)
-        if published or not divide or split in ("all", chain_split(problem.question)):
-            problems[n] = problem
+    rows = [row for rows in splits.values() for row in rows] if whole else splits[split]
+    problems = [(n, row_problem(row, f"{source}, problem {n}", question_field, answer_field))
+                for n, row in enumerate(rows, start=1)]
+    if whole and divide and split != "all":
+        problems = [(n, problem) for n, problem in problems if chain_split(problem.question) == split]
     if not problems or count is not None and not 1 <= count <= len(problems):
         raise InputError(f"cannot take {'any' if count is None else count} problems: "
                          f"the {split} split of {source} has {len(problems)}")
-    chosen = list(problems) if count is None else random.Random(seed).sample(list(problems), count)
-    for n in chosen:
-        question, gold = problems[n].question, problems[n].answer
+    chosen = problems if count is None else random.Random(seed).sample(problems, count)
+    for n, (question, gold) in chosen:
         if not reward(f"\\boxed{{{gold}}}", gold):  # then nothing can hit it
             raise InputError(f"{source}, problem {n}: cannot read the gold answer {gold[-80:]!r} ({question[:60]!r})")
-    return [problems[n] for n in chosen]
+    return [problem for _, problem in chosen]
 
 
 def load_splits(source: str) -> dict[str, list[dict]]:
@@ -180,18 +179,14 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
     """
     if kind not in ("std", "mean", "loo"):
         raise InputError(f"unknown advantage {kind!r}: use std, mean or loo")
-    group = groups.unique(return_inverse=True)[1]
-    r = rewards.float() if rewards.element_size() < 4 else rewards
-    zeros = r.new_zeros(r.shape)  # one for each group, and some to spare
-    size = zeros.index_add(0, group, r.new_ones(r.shape))
-    centred = r - (zeros.index_add(0, group, r) / size)[group]
-    low, high = (zeros.scatter_reduce(0, group, r, how, include_self=False) for how in ("amin", "amax"))
-    equal = (low == high)[group]  # asked of the rewards: a computed std may be rounding noise instead of 0
-    if kind == "std":
-        centred = centred / (zeros.index_add(0, group, centred ** 2) / size).sqrt()[group]
-    elif kind == "loo":
-        centred = centred * (size / (size - 1))[group]
-    return centred.masked_fill(equal, 0.0).to(rewards.dtype)
+    advantages = rewards.new_zeros(rewards.shape)
+    for group in groups.unique():
+        r = rewards[groups == group]
+        if (r == r[0]).all():  # asked of the rewards: a computed std may be rounding noise instead of 0
+            continue
+        scale = {"std": 1 / r.std(correction=0), "mean": 1, "loo": len(r) / (len(r) - 1)}[kind]
+        advantages[groups == group] = (r - r.mean()) * scale
+    return advantages
 
 
 # ------------------------------------------------------------------------------------------------- the reader of maths
@@ -317,6 +312,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
     (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "),  # what stands around maths
     (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),
     (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
+    (r"(\d[\dA-F]*)_(?:([1-9]\d?)|\{([1-9]\d?)\})(?!\d)", r'\1 "base^\2\3 '),
     (r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![^(\[]*[)\]])(?!\d)", lambda number: number[0].replace(",", "")),
     (r"\\(?:text(?:bf|it|rm|sf|normal)?|[mh]box|mathrm|operatorname)\s*\{(?:([^{}\d]*)|([^{}]*))\}",
      lambda text: re.sub(r"[\\*]?([A-Za-z]+)", r' "\1', f" {text[1] or ''} ") + (text[2] or "")),  # or 7 is no unit
@@ -350,7 +346,7 @@ def clean(text: str) -> str:
     return text.strip()
 
 
-TOKEN = re.compile(r"""(\d[\dA-F]*_(?:\d+|\{\d+\})|\d+\.?\d*(?:[eE][+-]?\d{1,3}(?!\d))?)
+TOKEN = re.compile(r"""(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?!\d))?)
                        | ("?\\?[A-Za-z]+'*)(?:_(\w|\{[^{}]*\}))? | (\\[{}]|\S)""", re.VERBOSE)
 
 
@@ -490,7 +486,7 @@ class Reader:
             node = formula(after, node) if self.take(after) else node
         node = formula("^", node, self.power()) if self.take("^") else node
         self.depth -= 1
-        if minus and node.kind in ("number", "decimal", "base"):
+        if minus and node.kind in ("number", "decimal"):
             return node._replace(parts=(-node.parts[0], node.parts[1]), values=((-node.parts[0], 0.0),) * len(POINTS))
         return formula("*", number("-1"), node) if minus else node
 
@@ -536,13 +532,9 @@ class Reader:
 
 @lru_cache(maxsize=4096)
 def number(token: str) -> Node:
-    """A number, with what a decimal's last digit is worth; or one in another base, 52_8, with its base."""
-    digits, _, base = token.partition("_")
-    base, places = base.strip("{}"), 0 if "e" in digits.lower() else len(digits.partition(".")[2])
-    if base and not all(int(digit) < int(base) <= 36 for digit in digits):
-        raise ValueError("no number in this base")
-    kind, x = "base" if base else "decimal" if places else "number", Fraction(digits)
-    return Node(kind, (x, Fraction(base or 1) / 10 ** places), ((x, 0.0),) * len(POINTS))
+    """A number, with what a decimal's last digit is worth."""
+    x, places = Fraction(token), 0 if "e" in token.lower() else len(token.partition(".")[2])
+    return Node("decimal" if places else "number", (x, Fraction(1, 10 ** places)), ((x, 0.0),) * len(POINTS))
 
 
 def unordered(items: list[Node]) -> Node:
@@ -601,7 +593,8 @@ def same(a: Node, b: Node) -> bool:
     """Whether two nodes mean the same, with the licences of what a question sets and an answer may leave out.
 
     - A name, x = 5 or f(2) = 5 or (x,y) = (3,4): x = 5 says 5, but not y = 5. Equations may be multiples of each other.
-    - A unit: 5 cm says 5, but neither 5 m nor 5 cm².
+    - A unit: 5 cm says 5, but neither 5 m nor 5 cm². So does a base: 52_8 says 52, and not its value 42, or else a
+      task of conversion would have its question for an answer.
     """
     if a.kind == b.kind == "=":
         (x, left), (y, right) = a.parts, b.parts
@@ -635,7 +628,6 @@ def equal(a: Node, b: Node) -> bool:
 
     - A decimal of six or more significant digits, rounded or cut, equals what is no decimal: 0.333333 = 1/3.
     - p% equals p/100 and also, where p > 1, a bare p ("what percentage …?"). A bare p ≤ 1 is rather a fraction.
-    - 52_8 equals a bare 52, and not its value 42: else a task of conversion would have its question for an answer.
     - 3:4 says 3/4. (But 3:10 and 6:20 may be times of a day.)
     - A variable is compared at positive and at complex values near them, where √(ab) = √a√b; but |x − 1| is not x − 1.
     """
@@ -644,8 +636,7 @@ def equal(a: Node, b: Node) -> bool:
         decimal = one.kind == "decimal" != other.kind and abs(one.parts[0]) >= 10 ** 5 * one.parts[1]
         if percent and same(one.parts[0], other) or decimal and rounds(one, other):
             return True
-    if a.kind == b.kind == "base" or a.kind == b.kind == ":" and all(
-            node.parts[1].parts[0] in range(10, 60) for node in (a, b)):
+    if a.kind == b.kind == ":" and all(node.parts[1].parts[0] in range(10, 60) for node in (a, b)):
         return a.parts == b.parts
     pairs = [(*x, *y) for x, y in zip(a.values, b.values) if x and y]
     return len(pairs) >= 3 and all(
