@@ -281,7 +281,7 @@ def invert(table: dict[str, str]) -> dict[str, str]:
 
 COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only changes the looks
     "*": "cdot times ast", "/": "div", ":": "colon", "±": "pm", "∓": "mp", "π": "pi", " infinity": "infty",
-    "°": "circ degree", "∪": "cup", "∩": "cap", "∈": "in", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt",
+    "°": "circ degree", "∪": "cup", "∩": "cap", "=": "in", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt",
     ">": "gt", "≈": "approx", "%": "%", "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace",
     "⟨": "langle", "⟩": "rangle", "'": "prime", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
     " ": ", ! ; : > # ( ) [ ]"}) | {" ": " "}
@@ -310,7 +310,7 @@ CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "⟨"
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # of LaTeX into signs and "words
     (r"(?:\\\$|(?<![^-])\$(?=[\d.,]+$))\s*([\d.,\\!]*\d)(?![\d.,\\!]*\s*(?:\w|\\[a-z]))", r" \1 \\text{dollar} "),
     (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "),  # what stands around maths
-    (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),
+    (r"^[ *=:≈]+|[ *.,;:]+$", ""),
     (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
     (r"(\d[\dA-F]*)_(?:([1-9]\d?)|\{([1-9]\d?)\})(?!\d)", r'\1 "base^\2\3 '),
     (r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![^(\[]*[)\]])(?!\d)", lambda number: number[0].replace(",", "")),
@@ -322,6 +322,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
     (r"\\(?:left|right|[bB]ig[lr]?|\w*style|limits|q?quad|math[bci]\w+|boldsymbol|vec|bf|rm|boxed|fbox)(?![a-z])", " "),
     (r"\\([A-Za-z]+|[^{}])", lambda command: COMMANDS.get(command[1], command[0]) + " "),
     (r"^(?:≈|(?:Rs\.?|USD?)\s*(?=\d))", ""), (r"(?<=[a-z])\.(?=\s|$|[a-z]\b)", ""),  # sq. ft., a.m.
+    (r'(?i)(?<=\d)\s*"?(dozen|hundred|thousand|million|billion|trillion)s?\b', lambda n: f"*{MULTIPLES[n[1].lower()]}"),
     (r"\*\*", "^"), ("<=", "≤"), (">=", "≥"), (r"(?<![\d.])\.(?=\d)", "0."),
     ((r"((?:^|[=≈,])(?:[^A-Za-z=≈,]|\\frac|\\sqrt)*[\d}π)])( +[gmshLNJWVKACTF]| *\\mu +[A-Za-z]| *\\Omega)"
       r"(?= *(\^[23])?\s*([,/]|$))"), lambda unit: unit[1] + ' "' + re.sub(r"\W", "", unit[2])),  # 5 m, no 5m or 5x m
@@ -329,8 +330,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
     (r"\\(frac|binom|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
     (r"(?<![\d.^_])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s(\d+)/(\d+))",  # 1\frac45 is a sum, 1\frac54 is not
      lambda n: n[0] if int(n[2] or n[4]) >= int(n[3] or n[5]) else f"({n[1]}+{n[2] or n[4]}/{n[3] or n[5]})"),
-    *[(r"\|([^|]+)\|", r"\\abs{\1}")] * 2, (r"\^\s*\{\s*([\d°])\s*\}", r"^\1 "), (r"\^\s*°", "°"),
-    (r"\^\s*\{?\s*'\s*\}?(?!')", "'"), (r"\b([fgh])\s*\^\s*\{\s*-1\s*\}\s*(?=\()", r"\1_{inverse}"),
+    (r"\|([^|]+)\|", r"\\abs{\1}"), (r"\^\s*\{\s*([\d°])\s*\}", r"^\1 "), (r"\^\s*°", "°"),
+    (r"\b([fgh])\s*\^\s*\{\s*-1\s*\}\s*(?=\()", r"\1_{inverse}"),
     (r"°\s*\"?([CF])\"?(?=\s*$)", r' "deg\1'), (r"(?<=\d)\s*\(([A-Za-z][A-Za-z. /]+)\)", r" \1"),  # 9 (apples)
     (r'^\s*(?:\( *"[A-E]\)(?=\s*\S)|\([A-E]\)\s(?=\s*[\d\\]))', "")]]  # a letter of multiple choice before a value
 
@@ -352,7 +353,7 @@ TOKEN = re.compile(r"""(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?!\d))?)
 
 def tokens(text: str) -> list[str]:
     """Strings, each of a kind that its first character tells: a number, a letter, "words, a \\command, or a sign."""
-    found = ["", ""]
+    found = [""]
     for match in TOKEN.finditer(text):
         number, name, low, sign = match.groups(default="")
         bare, low, last = name.strip('"\\'), low.strip("{}"), found[-1]
@@ -361,17 +362,14 @@ def tokens(text: str) -> list[str]:
         letter, plain, follows = f"{bare}_{low}" if low else bare, bare.lower().removesuffix("s"), last[:1] == '"'
         word, unit = name[:1] == '"' or len(bare) > 1 and name == bare, UNITS.get(bare) or UNITS.get(plain, plain)
         before, after = text[:match.start()], text[match.end():]
-        multiplies = plain in MULTIPLES and last[:1].isdigit()
-        if word and (bare.lower() in MODIFIERS or plain in MULTIPLES and not multiplies):
+        if word and (bare.lower() in MODIFIERS or plain in MULTIPLES):
             raise ValueError(f"{bare!r} changes what a number says")
         if follows and (sign in ("/", "^") or name and last[-1] == "/" or number and last[-1] == "^"):
             found[-1] += number or sign or unit  # km/h, cm^2
         elif not name:
-            found.append("=" if sign == ":" and follows and found[-2] in ("", ",") else number or sign)  # Area: 5
+            found.append(number or sign)
         elif follows and word:
             found[-1] += " " + unit
-        elif multiplies:
-            found += ["*", str(MULTIPLES[plain])]
         elif "\\" + bare in FUNCTIONS or bare in ("frac", "binom", "sqrt"):
             found += ["\\" + bare, "_", low] if low else ["\\" + bare]
         elif name[0] == "\\":
@@ -385,7 +383,7 @@ def tokens(text: str) -> list[str]:
             found += [*name[:-1], letter[len(name) - 1:]]
         else:
             found.append('"' + unit)
-    return found[2:]
+    return found[1:]
 
 
 class Reader:
@@ -416,13 +414,13 @@ class Reader:
     def statement(self) -> Node:
         """A quantity, or what a chain of them says: "=" of a name and its value or interval, or of two formulas."""
         sides, signs = [self.quantity()], []
-        while sign := self.take("=≈∈<>≤≥"):
+        while sign := self.take("=≈<>≤≥"):
             signs.append(sign)
             sides.append(self.quantity())
         named = is_name(sides[0])
         if signs[-1:] == ["≈"] and rounds(sides[-1], sides[-2]):  # 20000/π ≈ 6366.2 says 20000/π
             sides, signs = sides[:-1], signs[:-1]
-        if set(signs) <= set("=≈") or signs == ["∈"] and named:
+        if set(signs) <= set("=≈"):
             if all(same(side, sides[-1]) for side in sides[named:-1]):  # 37+48 = 85 says 85
                 return Node("=", (sides[0], sides[-1])) if named and signs else sides[-1]
             if signs == ["="]:
@@ -450,8 +448,8 @@ class Reader:
         if unit[:1] != '"':
             return Node("unit", (node, "°")) if last == "°" else node
         self.at += 1
-        if unit[-1] in "/^" or last[:1].isalpha() and last != "π" and re.split("[/^ ]", unit[1:])[0] not in UNITS:
-            raise ValueError(f"{unit[1:]!r} is no unit")
+        if last[:1].isalpha() and last != "π":
+            raise ValueError(f"{unit[1:]!r} after a letter is no unit")
         return Node("unit", (node, unit[1:]))
 
     def sum(self) -> Node:
