@@ -679,18 +679,16 @@ def symbol(name: str) -> Node:
 
 def formula(name: str, *parts: Node) -> Node:
     """An operation on formulas, and its values; None where it has none, as with a list within a formula."""
-    found, before, y = [], None, None
+    found = []
     for known in zip(*(part.values for part in parts)):
         try:
-            if known != before:  # what is constant is worked out once
-                y = value(name, known) if all(known) else None
+            found.append(value(name, known) if all(known) else None)
         except (ValueError, ArithmeticError, KeyError):
-            y = None
-        found.append(y)
-        before = known
+            found.append(None)
     return Node(name, parts, tuple(found) or (None,))
 
 
+@lru_cache(maxsize=4096)
 def value(name: str, known: tuple) -> tuple:
     """The number that an operation makes of others, and a bound of its rounding error."""
     xs, operate = [x for x, _ in known], OPERATIONS[name]
