@@ -196,12 +196,10 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([^\s{}$]+))")
 STATEMENT = re.compile(
     r"\banswer(?:\s(?:to|of|for)\s[^.:=\n]{1,60}?)?\s{0,3}\**\s?(?:is\b|equals\b|:|=)[\s:*=]{0,10}", re.IGNORECASE)
-SENTENCE_END = re.compile(  # or a reason
-    r"[.!?](?=[\s*`]*$|\s+[A-Z*#])|(?<![A-Za-z])[.!?](?=\s+[$\\])|,?\s\(?(?:because|since|so|which|where|due|hence|thus"
-    r"|therefore|given|assuming|by(?!\s\S*\d)|as\s(?:required|desired|needed|claimed|expected|computed|shown))\b")
+REASON = re.compile(r",?\s\(?(?:because|since|so|which|where|hence|thus|therefore|given|by(?!\s\S*\d)|as\s\w+ed)\b")
 ASIDE = re.compile(
-    r"^not\s.*\sbut\s|(?:,|\sand|\sbut)\snot\s.*|\s(?:rather than|instead of)\s.*|\sis (?:the|our|my)\b[a-z ]*\banswer$"
-    r"|^(?:(?:therefore|thus|then|simply|just|exactly|about|approximately|equal to|given by|choice|option),?\s)+")
+    r"^not\s.*\sbut\s|(?:,|\sand|\sbut)\snot\s.*|\sis (?:the|our|my)\b[a-z ]*\banswer$"
+    r"|^(?:(?:therefore|then|simply|just|exactly|about|approximately|equal to|given by|choice|option),?\s)+")
 # Where a formula may begin after a word.
 START = re.compile(r"(?<=[A-Za-z][a-z,:]\s)(?=[-−+$€£\\(\[{|.√\d]|[A-Za-z](?![a-z])|[A-Z]+\b)")
 UNSAID = re.compile(  # what makes the formula after it a part of what is said, or not said at all
@@ -213,7 +211,7 @@ def extract_answer(text: str) -> str | None:
     """The answer that a completion states in its last 10,000 characters, as text, or None.
 
     In this order: the last balanced \\boxed{…} or \\fbox{…}, whatever follows; the last `#### …`; the last "the answer
-    is …" or "Answer: …"; the formula that ends the last line. Where a text is ambiguous:
+    is …" or "Answer: …"; the formula that ends the last sentence. Where a text is ambiguous:
     - An unclosed box and all after it is ignored, an earlier one counts: `\\boxed{1` may have been on its way to 12.
     - An empty box is no box: prompts, and completions that repeat them, contain `\\boxed{}`.
     - A statement is taken whole, to the end of its sentence or to a reason ("because …"): no part of "5 or 7" is the
@@ -225,9 +223,10 @@ def extract_answer(text: str) -> str | None:
     if marked := re.findall(r"####\s*([-+−$\\(\[{.\d][^\n]*)", text):  # a heading, "#### Step", is no answer
         return marked[-1].strip()
     said = [statement.end() for statement in STATEMENT.finditer(text)]
-    text = text[said[-1]:][:MAX_LENGTH] if said else text.strip()[-MAX_LENGTH:]
+    text = text[said[-1]:][:2 * MAX_LENGTH] if said else text.strip()[-2 * MAX_LENGTH:]
     text = re.sub(r"\\\[.*?\\\]|\$\$.*?\$\$", lambda display: " ".join(display[0].split()), text, flags=re.DOTALL)
-    return stated(text.split("\n")[0 if said else -1], bool(said))
+    sentence = re.split(r"\n|[.!?]\s+(?=[A-Z*#])", text)[0 if said else -1]
+    return stated(sentence, bool(said)) if len(sentence) <= MAX_LENGTH else None
 
 
 def last_box(text: str) -> str | None:
@@ -242,11 +241,11 @@ def last_box(text: str) -> str | None:
 
 
 def stated(line: str, said: bool) -> str | None:
-    """All of a line, or the first of its tails that is a formula after words: "there are 12 apples". After "the answer
-    is" (`said`), these words must end in is, are or be."""
+    """All of a sentence, or the first of its tails that is a formula after words: "there are 12 apples". After "the
+    answer is" (`said`), these words must end in is, are or be."""
     if not said and (step := re.fullmatch(r"(?:.*;)?(?:[\d\s.,+*/()×÷$%−-]+=)+([^=]+?)[\s.]*", line)):
         return step[1].strip()  # 37+48=85;85+25=110
-    words, line = line.strip(" *`."), ASIDE.sub("", SENTENCE_END.split(line)[0].rstrip(" *`.!?").lstrip(" *`"))
+    line = ASIDE.sub("", REASON.split(line)[0].rstrip(" *`.!?").lstrip(" *`"))
     starts = [start.start() for start in START.finditer(line) if line[:start.start()].count("$") % 2 == 0]
     for start in [0, *starts[-12:]]:
         word = line[:start].lower().rstrip(" ,:").rpartition(" ")[2]
@@ -254,7 +253,7 @@ def stated(line: str, said: bool) -> str | None:
         free = start == 0 or free and not UNSAID.search(line[:start])
         if free and read(line[start:]).kind not in ("text", "unreadable"):
             return line[start:]
-    return line if line and said else words if words.isalpha() else None
+    return line if line and said else None
 
 
 # ------------------------------------------------------------------------- reading: from text over tokens to its values
@@ -310,7 +309,7 @@ CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "⟨"
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # of LaTeX into signs and "words
     (r"(?:\\\$|(?<![^-])\$(?=[\d.,]+$))\s*([\d.,\\!]*\d)(?![\d.,\\!]*\s*(?:\w|\\[a-z]))", r" \1 \\text{dollar} "),
     (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "),  # what stands around maths
-    (r"^[ *=:≈]+|[ *.,;:]+$", ""),
+    (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),
     (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
     (r"(\d[\dA-F]*)_(?:([1-9]\d?)|\{([1-9]\d?)\})(?!\d)", r'\1 "base^\2\3 '),
     (r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![^(\[]*[)\]])(?!\d)", lambda number: number[0].replace(",", "")),
@@ -391,8 +390,6 @@ class Reader:
 
     def __init__(self, found: list[str]):
         self.tokens, self.at, self.depth = [*found, "", "", "", ""], 0, 0
-        letters = sum(token[:1].isalpha() for token in found)
-        self.points = max(4, 300 // (1 + letters))  # of POINTS: fewer for a long formula, which would cost
 
     def take(self, wanted) -> str:
         """The next token, moving past it, if it is one of those wanted; else ""."""
@@ -499,7 +496,7 @@ class Reader:
             alone = any(name == token and after != "(" for name, after in zip(self.tokens, self.tokens[1:]))
             if short and not alone and token not in CONSTANTS and self.take("("):
                 return formula("call", symbol(token), *self.items((")",), ",∪|∩"))
-            return Node(*symbol(token)[:2], symbol(token).values[:self.points])
+            return symbol(token)
         if token in CLOSING:
             items, closing = self.items(CLOSING[token]), self.tokens[self.at - 1]
             if token in ("{", r"\{"):
@@ -654,7 +651,7 @@ def rounds(shown: Node, exact: Node) -> bool:
 # Formulas are equal if they agree at all points at which both have a value that tells something. A value is a pair: the
 # number, and a bound of its rounding error, 0 for rational numbers, which must agree exactly. A point is an even, odd
 # or any integer, a fraction with this power of 2 below, or a complex number.
-POINTS = [range(2, 9, 2), 10, None, range(3, 10, 2), 3, 15, None, range(10, 41), 7, range(100, 1000), 13, 5, 1, 17]
+POINTS = [range(2, 9, 2), 10, None, range(3, 10, 2), 14, None, range(10, 41), 7]
 EPSILON, MAX_BITS = 2.0 ** -52, 2 ** 16  # of doubles; of a numerator, and an eighth of them of a denominator
 
 
