@@ -189,9 +189,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
     return advantages
 
 
-# ------------------------------------------------------------------------------------------------- the reader of maths
-
-# The algorithm needs nothing below: only `extract_answer` and `is_correct`, which `reward` calls.
+# ------------------------------------------------ the reader of maths, behind reward: the algorithm needs nothing of it
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([^\s{}$]+))")
 STATEMENT = re.compile(
@@ -249,7 +247,7 @@ def stated(line: str, said: bool) -> str | None:
     starts = [start.start() for start in START.finditer(line) if line[:start.start()].count("$") % 2 == 0]
     for start in [0, *starts[-12:]]:
         word = line[:start].lower().rstrip(" ,:").rpartition(" ")[2]
-        free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS.keys() - {"to"}
+        free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS - {"to"}
         free = start == 0 or free and not UNSAID.search(line[:start])
         if free and read(line[start:]).kind not in ("text", "unreadable"):
             return line[start:]
@@ -287,21 +285,19 @@ COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only c
 WORDS = invert({"π": "pi", "infinity": "infinity inf", "°": "degrees degree", "%": "percent", ",": "or and",
                 "∪": "union", "/": "per"})
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-UNITS = {name: unit for unit, names in {  # without the s of the plural
-    "cm": "centimeter centimetre", "mm": "millimeter", "m": "meter metre", "km": "kilometer kilometre", "mi": "mile",
-    "in": "inch inche", "ft": "foot feet", "yd": "yard", "g": "gram", "kg": "kilogram", "mg": "", "lb": "pound",
-    "oz": "ounce", "L": "liter litre", "mL": "ml milliliter", "h": "hour hr", "min": "minute", "s": "second sec",
-    "Hz": "hertz", "dollar": "USD", "mi/h": "mph", **dict.fromkeys("NJWVKACTF", "")}.items()
-    for name in (unit, *names.split())}
+UNITS = invert({  # without the s of the plural
+    "cm": "cm centimeter centimetre", "mm": "mm millimeter", "m": "m meter metre", "km": "km kilometer kilometre",
+    "mi": "mi mile", "in": "in inch inche", "ft": "ft foot feet", "yd": "yard", "g": "gram", "kg": "kilogram",
+    "lb": "pound", "oz": "oz ounce", "l": "liter litre", "h": "hour hr", "min": "min minute", "s": "s second sec",
+    "hz": "hertz", "dollar": "USD", "mi/h": "mph"})
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
-MODIFIERS = invert({"":
+MODIFIERS = {*MULTIPLES, *(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
-    "unless if when except without half halves third thirds quarter quarters fourths fifths sixths eighths tenths "
-    "tenth hundredths thousandths score pair pairs couple twice double doubled squared cubed factorial remainder "
-    "modulo mod below negative zero one two three four five six seven eight nine ten maybe perhaps possibly wrong "
-    "incorrect false until through th st nd rd"})
-GREEK = invert({"": "alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi "
-                    "chi psi omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega"})
+    "unless if when except without half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth "
+    "score pair couple twice double doubled squared cubed factorial remainder modulo mod below negative zero one two "
+    "three four five six seven eight nine ten maybe perhaps wrong incorrect false until through th st nd rd").split()}
+GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi chi psi "
+            "omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega".split())
 CHARACTERS = str.maketrans({"√": " sqrt ", "∞": " infinity "}) | str.maketrans(
     "−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥")
 CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "⟨": ("⟩",), "⟦": ("⟧",)}
@@ -331,6 +327,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
      lambda n: n[0] if int(n[2] or n[4]) >= int(n[3] or n[5]) else f"({n[1]}+{n[2] or n[4]}/{n[3] or n[5]})"),
     (r"\|([^|]+)\|", r"\\abs{\1}"), (r"\^\s*\{\s*([\d°])\s*\}", r"^\1 "), (r"\^\s*°", "°"),
     (r"\b([fgh])\s*\^\s*\{\s*-1\s*\}\s*(?=\()", r"\1_{inverse}"),
+    (r"\\(sin|cos|tan)\s*\^\s*\{\s*-1\s*\}", r"\\arc\1 "),
     (r"°\s*\"?([CF])\"?(?=\s*$)", r' "deg\1'), (r"(?<=\d)\s*\(([A-Za-z][A-Za-z. /]+)\)", r" \1"),  # 9 (apples)
     (r'^\s*(?:\( *"[A-E]\)(?=\s*\S)|\([A-E]\)\s(?=\s*[\d\\]))', "")]]  # a letter of multiple choice before a value
 
@@ -361,7 +358,7 @@ def tokens(text: str) -> list[str]:
         letter, plain, follows = f"{bare}_{low}" if low else bare, bare.lower().removesuffix("s"), last[:1] == '"'
         word, unit = name[:1] == '"' or len(bare) > 1 and name == bare, UNITS.get(bare) or UNITS.get(plain, plain)
         before, after = text[:match.start()], text[match.end():]
-        if word and (bare.lower() in MODIFIERS or plain in MULTIPLES):
+        if word and MODIFIERS & {bare.lower(), plain}:
             raise ValueError(f"{bare!r} changes what a number says")
         if follows and (sign in ("/", "^") or name and last[-1] == "/" or number and last[-1] == "^"):
             found[-1] += number or sign or unit  # km/h, cm^2
@@ -514,8 +511,6 @@ class Reader:
     def function(self, name: str) -> Node:
         base = self.atom() if self.take("_") else None
         exponent = self.atom() if self.take("^") else None
-        if exponent == number("-1") and "\\arc" + name[1:] in FUNCTIONS:
-            name, exponent = "\\arc" + name[1:], None
         bracket = self.tokens[self.at] in CLOSING
         argument = self.atom() if bracket else self.power()
         while not bracket and self.multiplies() and self.tokens[self.at] not in FUNCTIONS:
@@ -525,7 +520,6 @@ class Reader:
         return node if exponent is None else formula("^", node, exponent)
 
 
-@lru_cache(maxsize=4096)
 def number(token: str) -> Node:
     """A number, with what a decimal's last digit is worth."""
     x, places = Fraction(token), 0 if "e" in token.lower() else len(token.partition(".")[2])
@@ -557,7 +551,7 @@ def read(text: str) -> Node:
     it is too long or unbalanced, or has no letters and a number that is undefined, as 1/0, or too large."""
     if len(text) > MAX_LENGTH:
         return Node("unreadable", (f"longer than {MAX_LENGTH} characters",))
-    if re.fullmatch("-?[0-9]+", text):  # as most are
+    if text.isdecimal():  # as most are
         return number(text)
     cleaned, items = clean(text), []
     try:
