@@ -192,17 +192,14 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
 # ------------------------------------------------ the reader of maths, behind reward: the algorithm needs nothing of it
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([^\s{}$]+))")
-STATEMENT = re.compile(
-    r"\banswer(?:\s(?:to|of|for)\s[^.:=\n]{1,60}?)?\s{0,3}\**\s?(?:is\b|equals\b|:|=)[\s:*=]{0,10}", re.IGNORECASE)
+STATEMENT = re.compile(r"(?i)\banswer(?: (?:to|of|for) [^.:=\n]{1,60}?)?[\s*]{0,4}(?:is\b|equals\b|:|=)[\s:*=]{0,10}")
 REASON = re.compile(r",?\s\(?(?:because|since|so|which|where|hence|thus|therefore|given|by(?!\s\S*\d)|as\s\w+ed)\b")
-ASIDE = re.compile(
-    r"^not\s.*\sbut\s|(?:,|\sand|\sbut)\snot\s.*|\sis (?:the|our|my)\b[a-z ]*\banswer$"
-    r"|^(?:(?:therefore|then|simply|just|exactly|about|approximately|equal to|given by|choice|option),?\s)+")
-# Where a formula may begin after a word.
+ASIDE = re.compile(r"^not\s.*\sbut\s|(?:,|\sand|\sbut)\snot\s.*|\sis (?:the|our|my)\b[a-z ]*\banswer$"
+                   r"|^(?:(?:therefore|then|simply|just|exactly|about|approximately|equal to|option),?\s)+")
+# Where a formula may begin after a word, and what before it makes it a part of what is said, or not said at all.
 START = re.compile(r"(?<=[A-Za-z][a-z,:]\s)(?=[-−+$€£\\(\[{|.√\d]|[A-Za-z](?![a-z])|[A-Z]+\b)")
-UNSAID = re.compile(  # what makes the formula after it a part of what is said, or not said at all
-    r"\b(?:not|\w+n't|never|cannot|false|wrong)\b(?!.*\bbut\b)|\b(?:is|are)\b.*\d.*\b(?:is|are)\b|\\[a-z]+\s*$"
-    r"|(?:half|third|quarter)\s+of\s*$|\d\S*\s+(?!is|are|equals|gives|makes)[a-z]+\s*$|\b(?:by|in)\s*$", re.IGNORECASE)
+UNSAID = re.compile(r"(?i)\b(?:not|\w+n't|never|cannot|false|wrong)\b(?!.*\bbut\b)|\b(?:is|are)\b.*\d.*\b(?:is|are)\b"
+                    r"|\\[a-z]+\s*$|(?:half|third|quarter)\s+of\s*$|\d\S*\s+(?!is|are)[a-z]+\s*$|\b(?:by|in)\s*$")
 
 
 def extract_answer(text: str) -> str | None:
