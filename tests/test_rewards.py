@@ -243,7 +243,7 @@ LIMITS = [
     ("1000!", "1001!", "factorials"), (r"\binom{1000}{2}", r"\binom{1001}{2}", "binomials"),
     (",".join("1" * 32), ",".join("1" * 33), "items of a set"),
     ("(" * 23 + "1" + ")" * 23, "(" * 24 + "1" + ")" * 24, "nesting"),
-    ("9^{9000}*9^{9000}", "9^{15000}*9^{15000}", "size of a product"),
+    ("9^{9000}*9^{9000}", "9^{15000}*9^{15000}", "size of a product"), ("1+" * 99 + "1", "1+" * 100 + "1", "signs"),
 ]
 
 
@@ -449,13 +449,13 @@ MISTAKES = [
     (given(source="chain", operands=1, count=50), "room for 1 to 11", "more chains than there are"),
     (given(source="chain", split="all", count=5), "unknown split 'all'", "chains have no whole"),
     (given(source="gsm8k", count=99), "has 8", "more problems than there are"),
-    (given(source="gsm8k", count=0), "cannot take 0", "no problems"), (given(lines=[]), "is empty", "an empty file"),
+    (given(source="gsm8k", count=0), "cannot take 0", "no problems"), (given(lines=[]), "has 0", "an empty file"),
     (given(source="missing.jsonl"), "no such file: missing.jsonl", "a missing file"),
     (given(source="missing.parquet"), "no such file: missing.parquet", "a missing parquet file"),
-    (given(lines=[json.dumps(GOOD), '{"question": ']), "line 2: not JSON", "a broken line"),
-    (given(lines=[json.dumps(GOOD), "", "[1]"]), "line 3: not a problem", "a line that is no object"),
-    (given(lines=[b"\xff\xfe{"]), "line 1: not JSON", "not a text"),
-    (given(lines=["[" * 100_000]), "line 1: not JSON", "nested too deeply"),
+    (given(lines=[json.dumps(GOOD), '{"question": ']), 'line 2: no {"question"', "a broken line"),
+    (given(lines=[json.dumps(GOOD), "", "[1]"]), 'line 3: no {"question"', "a line that is no object"),
+    (given(lines=[b"\xff\xfe{"]), 'line 1: no {"question"', "not a text"),
+    (given(lines=["[" * 100_000]), 'line 1: no {"question"', "nested too deeply"),
     (given(lines=['{"text": "q", "answer": "1"}']), "no field 'question'; it has text, answer", "no question"),
     (given(lines=['{"question": "q"}']), "no field 'answer'; it has question", "no answer"),
     (given(lines=[json.dumps(GOOD)], answer_field="gold"), "no field 'gold'; it has question, answer", "no field"),
