@@ -107,20 +107,18 @@ def load_splits(source: str) -> dict[str, list[dict]]:
     if kind in ("jsonl", "parquet") and not Path(source).is_file():
         raise InputError(f"no such file: {source}")
     if kind == "jsonl":
-        splits = {"train": read_jsonl(source)}
-    elif kind == "parquet" or "/" in path:
-        from datasets import load_dataset, logging  # slow to import
-
-        logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told once, below
-        try:
-            splits = load_dataset(kind, data_files=source) if kind == "parquet" else load_dataset(path, config or None)
-        except Exception as error:  # some twenty kinds, for the network, the name, the config, the file
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise InputError(f"cannot load the data set {source}: {reason}") from error
-    else:
+        return {"train": read_jsonl(source)}
+    if kind != "parquet" and "/" not in path:
         raise InputError(f"unknown data set {source!r}: use chain, {', '.join(SHORT_NAMES)}, a .jsonl or .parquet "
                          "file, or a hub id owner/name")
-    return splits
+    from datasets import load_dataset, logging  # slow to import
+
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told once, below
+    try:
+        return load_dataset(kind, data_files=source) if kind == "parquet" else load_dataset(path, config or None)
+    except Exception as error:  # some twenty kinds, for the network, the name, the config, the file
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(f"cannot load the data set {source}: {reason}") from error
 
 
 def read_jsonl(path: str) -> list[dict]:
@@ -268,26 +266,22 @@ def invert(table: dict[str, str]) -> dict[str, str]:
 
 
 COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only changes the looks
-    "*": "cdot times ast", "/": "div", ":": "colon", "±": "pm", "∓": "mp", "π": "pi", " infinity": "infty",
-    "°": "circ degree", "∪": "cup", "∩": "cap", "=": "in", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt",
-    ">": "gt", "≈": "approx", "%": "%", "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace",
-    "⟨": "langle", "⟩": "rangle", "'": "prime", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
-    '"ohm': "Omega", " ": ", ! ; : >"}) | {" ": " "}
-WORDS = invert({"π": "pi", "infinity": "infinity inf", "°": "degrees degree", "%": "percent", ",": "or and",
-                "∪": "union", "/": "per"})
+    "*": "cdot times", "/": "div", "±": "pm", "∓": "mp", "π": "pi", " infinity": "infty", "°": "circ degree", "=": "in",
+    "∪": "cup", "∩": "cap", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt", "≈": "approx", "%": "%",
+    "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace", "⟨": "langle", "⟩": "rangle", "'": "prime",
+    r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", '"ohm': "Omega", " ": ", ! ; : >"}) | {" ": " "}
+WORDS = invert({"π": "pi", "infinity": "infinity", "°": "degrees degree", "%": "percent", ",": "or and", "/": "per"})
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 UNITS = invert({  # without the s of the plural
     "cm": "cm centimeter centimetre", "mm": "mm millimeter", "m": "m meter metre", "km": "km kilometer kilometre",
-    "mi": "mi mile", "in": "in inch inche", "ft": "ft foot feet", "yd": "yard", "g": "gram", "kg": "kilogram",
-    "lb": "pound", "oz": "oz ounce", "l": "liter litre", "h": "hour hr", "min": "min minute", "s": "s second sec",
-    "hz": "hertz", "dollar": "USD", "mi/h": "mph"})
+    "mi": "mi mile", "in": "in inch inche", "ft": "ft foot feet", "g": "gram", "kg": "kilogram", "lb": "pound",
+    "oz": "oz", "l": "liter", "h": "hour hr", "min": "min minute", "s": "s second sec", "dollar": "USD", "mi/h": "mph"})
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
 MODIFIERS = {*MULTIPLES, *(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
-    "unless if when except without half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth "
-    "score pair couple twice double doubled squared cubed factorial remainder modulo mod below negative zero one two "
-    "three four five six seven eight nine ten maybe perhaps wrong incorrect false until through th st nd rd").split()}
-GREEK = "alpha beta gamma delta epsilon varepsilon eta theta lambda mu rho sigma tau phi varphi chi psi omega ell".split()
+    "unless if when except without half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth score "
+    "pair couple twice double squared cubed factorial remainder modulo mod below negative wrong th st nd rd").split()}
+GREEK = "alpha beta gamma delta epsilon varepsilon eta theta lambda mu rho sigma tau phi varphi chi omega ell".split()
 CHARACTERS = str.maketrans({"√": " sqrt ", "∞": " infinity "}) | str.maketrans(
     "−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥")
 CLOSING, END = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"], "⟨": "⟩", "⟦": "⟧"}, "\n"
@@ -360,10 +354,9 @@ def tokens(text: str) -> list[str]:
         elif (len(bare.rstrip("'")) == 1 and (name == bare or last in ("", "(", "{", ",", "="))
               or re.fullmatch("[A-Z]{2,4}", name) and name not in UNITS):  # AB is a segment
             found.append(letter)
-        # Two or three letters in alphabetical order, as products are written, beside a sign of a formula: 2xy, ab+c.
         elif (re.fullmatch("[a-z]{2,3}", name) and list(name) == sorted(set(name)) and name not in UNITS
               and (re.search(r"\d$|[-+*/^=({[}]\s*$", before) or re.match(r"\s*[-+*/^=)}\]]", after))):
-            found += [*name[:-1], letter[len(name) - 1:]]
+            found += [*name[:-1], letter[len(name) - 1:]]  # 2xy, ab+c: products are written in alphabetical order
         else:
             found.append('"' + unit)
     return found[1:]
@@ -527,7 +520,7 @@ def is_name(node: Node) -> bool:
     if node.kind == "()":
         return all(part.kind == "name" for part in node.parts) and list(node.parts) == sorted(set(node.parts))
     if node.kind in (r"\abs", r"\sin", r"\cos", r"\tan"):
-        return node.parts[0].kind == "name" and (str(node.parts[0]).isupper() or str(node.parts[0]) in GREEK)
+        return bool(re.fullmatch("[A-Z]+|[a-z]{2,}", str(node.parts[0])))  # A, AB or theta, no x
     return node.kind in ("name", "call")
 
 
@@ -576,9 +569,8 @@ def same(a: Node, b: Node) -> bool:
         if same(x, y):
             return same(left, right)
         a, b = [formula("-", *node.parts) for node in (a, b)]
-        ratio, points = formula("/", a, b), len(a.values)
-        x, y = [Node("number", (), node.values[-1:] * points) for node in (a, ratio)]  # as if constant
-        return equal(ratio, y) and not equal(a, x)
+        constant = lambda node: equal(node, node._replace(values=node.values[-1:] * len(node.values)))
+        return constant(formula("/", a, b)) and not constant(a)
     if "=" in (a.kind, b.kind):
         named, other = (a, b) if a.kind == "=" else (b, a)
         return is_name(named.parts[0]) and same(named.parts[1], other)
@@ -664,7 +656,7 @@ def value(name: str, known: tuple) -> tuple:
     xs, operate = [x for x, _ in known], OPERATIONS[name]
     y = operate(*xs)
     if isinstance(y, Fraction):
-        if bits(y) > MAX_BITS:
+        if abs(y.numerator) >> MAX_BITS or y.denominator >> MAX_BITS // 8:
             raise OverflowError("too large")
         return y, 0.0
     if not cmath.isfinite(y) or abs(y) < 1e-300 and all(xs) and name in ("*", "/", "^", r"\exp"):
@@ -680,14 +672,10 @@ def value(name: str, known: tuple) -> tuple:
     return complex(y), total
 
 
-def bits(x: Fraction) -> int:
-    return max(abs(x.numerator).bit_length() - 1, 8 * (x.denominator.bit_length() - 1))
-
-
 def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     """x^y, exact for an integer exponent; the real root for an odd root of a negative number."""
     exact = isinstance(x, Fraction) and isinstance(y, Fraction)
-    if exact and y.denominator == 1 and bits(x) * abs(y) <= MAX_BITS:
+    if exact and y.denominator == 1 and (max(abs(x.numerator), x.denominator).bit_length() - 1) * abs(y) <= MAX_BITS:
         return x ** int(y)
     if exact and x < 0 and y.denominator % 2:
         return (-1) ** y.numerator * complex(-x) ** complex(y)
