@@ -174,10 +174,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
     advantages = rewards.new_zeros(rewards.shape)
     for group in groups.unique():
         r = rewards[groups == group]
-        if (r == r[0]).all():  # asked of the rewards: a computed std may be rounding noise instead of 0
-            continue
-        scale = {"std": 1 / r.std(correction=0), "mean": 1, "loo": len(r) / (len(r) - 1)}[kind]
-        advantages[groups == group] = (r - r.mean()) * scale
+        if (r != r[0]).any():  # asked of the rewards: a computed std may be rounding noise instead of 0
+            scale = {"std": 1 / r.std(correction=0), "mean": 1, "loo": len(r) / (len(r) - 1)}[kind]
+            advantages[groups == group] = (r - r.mean()) * scale
     return advantages
 
 
@@ -197,10 +196,9 @@ UNSAID = re.compile(r"(?i)\b(?:not|\w+n't|never|cannot|false|wrong)\b(?!.*\bbut\
 def extract_answer(text: str) -> str | None:
     """The answer that a completion states in its last 10,000 characters, as text, or None.
 
-    In this order: the last balanced \\boxed{…} or \\fbox{…}, whatever follows; the last `#### …`; the last "the answer
+    In this order: the last balanced \\boxed{…} or \\fbox{…} that is not empty; the last `#### …`; the last "the answer
     is …" or "Answer: …"; the formula that ends the last sentence. Where a text is ambiguous:
     - An unclosed box and all after it is ignored, an earlier one counts: `\\boxed{1` may have been on its way to 12.
-    - An empty box is no box: prompts, and completions that repeat them, contain `\\boxed{}`.
     - A statement is taken whole, to the end of its sentence or to a reason ("because …"): no part of "5 or 7" is the
       answer. "The largest n is 34" says 34, "not 4 but 5" says 5, and "5!" at the end of a sentence is no factorial.
     """
@@ -267,7 +265,7 @@ def invert(table: dict[str, str]) -> dict[str, str]:
 
 COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only changes the looks
     "*": "cdot times", "/": "div", "±": "pm", "∓": "mp", "π": "pi", " infinity": "infty", "°": "circ degree", "=": "in",
-    "∪": "cup", "∩": "cap", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt", "≈": "approx", "%": "%",
+    "∪": "cup", "∩": "cap", "≤": "le leq leqslant", "≥": "ge geq geqslant", "≈": "approx", "%": "%",
     "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace", "⟨": "langle", "⟩": "rangle", "'": "prime",
     r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", '"ohm': "Omega", " ": ", ! ; : >"}) | {" ": " "}
 WORDS = invert({"π": "pi", "infinity": "infinity", "°": "degrees degree", "%": "percent", ",": "or and", "/": "per"})
@@ -275,15 +273,14 @@ MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "
 UNITS = invert({  # without the s of the plural
     "cm": "cm centimeter centimetre", "mm": "mm millimeter", "m": "m meter metre", "km": "km kilometer kilometre",
     "mi": "mi mile", "in": "in inch inche", "ft": "ft foot feet", "g": "gram", "kg": "kilogram", "lb": "pound",
-    "oz": "oz", "l": "liter", "h": "hour hr", "min": "min minute", "s": "s second sec", "dollar": "USD", "mi/h": "mph"})
+    "l": "liter", "h": "hour hr", "min": "min minute", "s": "s second sec", "dollar": "USD", "mi / h": "mph"})
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
 MODIFIERS = {*MULTIPLES, *(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
     "unless if when except without half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth score "
     "pair couple twice double squared cubed factorial remainder modulo mod below negative wrong th st nd rd").split()}
 GREEK = "alpha beta gamma delta epsilon varepsilon eta theta lambda mu rho sigma tau phi varphi chi omega ell".split()
-CHARACTERS = str.maketrans({"√": " sqrt ", "∞": " infinity "}) | str.maketrans(
-    "−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥")
+CHARACTERS = str.maketrans("−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥") | {ord("√"): " sqrt ", ord("∞"): " infinity "}
 CLOSING, END = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"], "⟨": "⟩", "⟦": "⟧"}, "\n"
 
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # of LaTeX into signs and "words
@@ -316,9 +313,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
 
 def clean(text: str) -> str:
     """The text with LaTeX's and Unicode's variants in one spelling, and a quotation mark before the words of \\text."""
-    if not text.isascii():
-        text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text.translate(CHARACTERS))
-        text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)).replace("⁄", "/")  # 3½ is 3 1/2
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text.translate(CHARACTERS))
+    text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)).replace("⁄", "/")  # 3½ is 3 1/2
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -341,12 +337,10 @@ def tokens(text: str) -> list[str]:
         before, after = text[:match.start()], text[match.end():]
         if word and MODIFIERS & {bare.lower(), plain}:
             raise ValueError(f"{bare!r} changes what a number says")
-        if follows and (sign in ("/", "^") or name and last[-1] == "/" or number and last[-1] == "^"):
-            found[-1] += number or sign or unit  # km/h, cm^2
+        if follows and (word or sign in ("/", "^") or name and last[-1] == "/" or number and last[-1] == "^"):
+            found[-1] += " " + (number or sign or unit)  # km / h, cm ^ 2
         elif not name:
             found.append(number or sign)
-        elif follows and word:
-            found[-1] += " " + unit
         elif "\\" + bare in FUNCTIONS or bare in ("frac", "binom", "sqrt"):
             found += ["\\" + bare, "_", low] if low else ["\\" + bare]
         elif name[0] == "\\":
@@ -444,9 +438,7 @@ class Reader:
 
     def power(self) -> Node:
         """An atom with its signs, !, ° or %, and exponent."""
-        minus = False
-        while sign := self.take("+-"):
-            minus ^= sign == "-"
+        minus = self.take("+-") == "-"
         if minus and self.take(("infinity",)):
             return symbol("-infinity")
         self.depth += 1
@@ -501,7 +493,7 @@ class Reader:
 
 def number(token: str) -> Node:
     """A number, with what a decimal's last digit is worth."""
-    x, places = Fraction(token), 0 if "e" in token.lower() else len(token.partition(".")[2])
+    x, places = Fraction(token), len(token.partition(".")[2])
     return Node("decimal" if places else "number", (x, Fraction(1, 10 ** places)), ((x, 0.0),) * POINTS)
 
 
@@ -542,12 +534,12 @@ def read(text: str) -> Node:
             return node
         raise ValueError("undefined")
     except (ValueError, ArithmeticError) as error:
-        words = re.findall(r"\\?[A-Za-z]+|\d+|[^\s\".,]", re.sub(r"\{(\w)\}", r"\1", cleaned))
+        words = re.findall(r"\\?[A-Za-z]+|\d+|[^\s\".,]", cleaned)
         letters = {word for word in words if word[-1].isalpha()} - {r"\frac", r"\binom", r"\sqrt", r"\abs"}
         if not letters or len(re.findall(r"[(\[{]", cleaned)) != len(re.findall(r"[)\]}]", cleaned)):
             return Node("unreadable", (str(error),))
         text = " ".join(word.lower() if len(word) > 1 else word for word in words)
-        return Node("text", (re.sub("^(?:an?|the) (?=.)", "", text).strip("{} "),))  # an article says nothing
+        return Node("text", (re.sub("^(?:an?|the) ", "", text),))  # an article says nothing
 
 
 # ----------------------------------------------------------------------------------------- judging: equality of meaning
@@ -617,7 +609,7 @@ def rounds(shown: Node, exact: Node) -> bool:
         return False
     (digits, last), x = shown.parts, exact.values[0][0]
     off = (Fraction(x.real) - digits) * (1 if digits > 0 else -1) / last
-    return -0.5 <= off < 0.999999 and (not x.imag or abs(x.imag) <= 1e-12 * abs(x))
+    return -0.5 <= off < 0.999999 and abs(x.imag) <= 1e-12 * abs(x)
 
 
 # Formulas are equal if they agree at all points at which both have a value that tells something. A value is a pair: the
@@ -633,8 +625,8 @@ def symbol(name: str) -> Node:
     if name in CONSTANTS:
         return Node("constant", (name,), ((CONSTANTS[name], 4 * EPSILON),) * POINTS)
     rng = random.Random(name)
-    integers = [rng.choice(points) for points in (range(2, 9, 2), range(3, 10, 2), range(10, 41))]
-    rational = [Fraction(n) for n in integers] + [Fraction(rng.randrange(33, 64, 2), 2 ** n) for n in (7, 9, 11, 14)]
+    rational = [Fraction(rng.choice(points)) for points in (range(2, 9, 2), range(3, 10, 2), range(10, 41))]
+    rational += [Fraction(rng.randrange(33, 64, 2), 2 ** n) for n in (7, 9, 11, 14)]
     turned = [cmath.rect(rng.uniform(0.6, 1.6), rng.uniform(0.2, 0.5) * rng.choice((1, -1))) for _ in range(2)]
     return Node("name", (name,), (*[(x, 0.0) for x in rational], *[(x, 2 * EPSILON) for x in turned]))
 
