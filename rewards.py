@@ -539,7 +539,7 @@ def read(text: str) -> Node:
         if not letters or len(re.findall(r"[(\[{]", cleaned)) != len(re.findall(r"[)\]}]", cleaned)):
             return Node("unreadable", (str(error),))
         text = " ".join(word.lower() if len(word) > 1 else word for word in words)
-        return Node("text", (re.sub("^(?:an?|the) ", "", text),))  # an article says nothing
+        return Node("text", (re.sub("^(?:an?|the) ", "", text).strip("{} "),))  # an article says nothing
 
 
 # ----------------------------------------------------------------------------------------- judging: equality of meaning
