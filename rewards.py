@@ -243,8 +243,8 @@ def stated(line: str, said: bool) -> str | None:
 
 # ------------------------------------------------------------------------- reading: from text over tokens to its values
 
-# What is not understood to its last character is text, equal to its own words alone. No text can cost much: its length,
-# the depth of nesting, the items to match in any order and the size of exact numbers are limited.
+# What is not understood to its last character is text, equal to its own words alone. No text can cost much: limited are
+# its characters and tokens, the depth of nesting, the items to match in any order and the size of exact numbers.
 MAX_LENGTH, MAX_TOKENS, MAX_DEPTH, MAX_ITEMS = 500, 200, 24, 32  # depth: of brackets, fractions, … in one another
 
 
@@ -279,7 +279,7 @@ MODIFIERS = {*MULTIPLES, *(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
     "unless if when except without half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth score "
     "pair couple twice double squared cubed factorial remainder modulo mod below negative wrong th st nd rd").split()}
-GREEK = "alpha beta gamma delta epsilon varepsilon eta theta lambda mu rho sigma tau phi varphi chi omega ell".split()
+GREEK = "alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi rho sigma tau phi chi psi omega ell".split()
 CHARACTERS = str.maketrans("−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥") | {ord("√"): " sqrt ", ord("∞"): " infinity "}
 CLOSING, END = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"], "⟨": "⟩", "⟦": "⟧"}, "\n"
 
@@ -288,7 +288,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
     (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "),  # what stands around maths
     (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),
     (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
-    (r"(\d[\dA-F]*)_(?:([1-9]\d?)|\{([1-9]\d?)\})(?!\d)", r'\1 "base^\2\3 '),
+    (r"(\d[\dA-F]*)_(?:([1-9]\d?)|\{([1-9]\d?)\})(?!\d)", r'\1 "base^\2\3 '),  # 52_8, as if it were a unit
     (r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![^(\[]*[)\]])(?!\d)", lambda number: number[0].replace(",", "")),
     (r"\\(?:text(?:bf|it|rm|sf|normal)?|[mh]box|mathrm|operatorname)\s*\{([^{}]*)\}",
      lambda text: re.sub(r"[\\*]?([A-Za-z]+)", r' "\1', f" {text[1]} ")),
@@ -344,7 +344,7 @@ def tokens(text: str) -> list[str]:
         elif "\\" + bare in FUNCTIONS or bare in ("frac", "binom", "sqrt"):
             found += ["\\" + bare, "_", low] if low else ["\\" + bare]
         elif name[0] == "\\":
-            found.append(letter if bare.lower() in GREEK else name)
+            found.append(letter if bare.lower().removeprefix("var") in GREEK else name)
         elif (len(bare.rstrip("'")) == 1 and (name == bare or last in ("", "(", "{", ",", "="))
               or re.fullmatch("[A-Z]{2,4}", name) and name not in UNITS):  # AB is a segment
             found.append(letter)
@@ -642,7 +642,7 @@ def formula(name: str, *parts: Node) -> Node:
     return Node(name, parts, tuple(found) or (None,))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def value(name: str, known: tuple) -> tuple:
     """The number that an operation makes of others, and a bound of its rounding error."""
     xs, operate = [x for x, _ in known], OPERATIONS[name]
@@ -661,7 +661,7 @@ def value(name: str, known: tuple) -> tuple:
         effects += [slope * abs(x)] if 16 * error < abs(x) else []
     if (name in "+-" or name in FUNCTIONS) and effects and min(effects) < 2 ** 23 * total:
         raise ValueError("an argument is lost in the rounding, as e^{-200t} beside 1 or 30 in tanh 30")
-    return complex(y), total
+    return complex(y), total or 1e-300  # not 0, as if it were rational
 
 
 def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:

@@ -45,7 +45,7 @@ EXTRACTED = [
     ("We find that x is not 3.", None, "what is denied is no answer"),
     ("Then x = 5\nSo there are 12 apples.", "12 apples", "end of the last line"),
     (r"We get $x = \frac{3}{4}$.", r"$x = \frac{3}{4}$", "last formula of the last line"),
-    ("about 3/4 of them", "3/4 of them", "a fraction"),
+    ("about 3/4 of them", "3/4 of them", "a fraction"), ("She has 3. So it makes 12.", "12", "the last sentence"),
 ]
 
 
