@@ -173,10 +173,11 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
         raise InputError(f"unknown advantage {kind!r}: use std, mean or loo")
     advantages = rewards.new_zeros(rewards.shape)
     for group in groups.unique():
-        r = rewards[groups == group]
+        members = groups == group
+        r = rewards[members]
         if (r != r[0]).any():  # asked of the rewards: a computed std may be rounding noise instead of 0
             scale = {"std": 1 / r.std(correction=0), "mean": 1, "loo": len(r) / (len(r) - 1)}[kind]
-            advantages[groups == group] = (r - r.mean()) * scale
+            advantages[members] = (r - r.mean()) * scale
     return advantages
 
 
@@ -266,14 +267,13 @@ def invert(table: dict[str, str]) -> dict[str, str]:
 COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only changes the looks
     "*": "cdot times", "/": "div", "±": "pm", "∓": "mp", "π": "pi", " infinity": "infty", "°": "circ degree", "=": "in",
     "∪": "cup", "∩": "cap", "≤": "le leq leqslant", "≥": "ge geq geqslant", "≈": "approx", "%": "%",
-    "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace", "⟨": "langle", "⟩": "rangle", "'": "prime",
+    "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace", "⟨": "langle", "⟩": "rangle",
     r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", '"ohm': "Omega", " ": ", ! ; : >"}) | {" ": " "}
 WORDS = invert({"π": "pi", "infinity": "infinity", "°": "degrees degree", "%": "percent", ",": "or and", "/": "per"})
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 UNITS = invert({  # without the s of the plural
-    "cm": "cm centimeter centimetre", "mm": "mm millimeter", "m": "m meter metre", "km": "km kilometer kilometre",
-    "mi": "mi mile", "in": "in inch inche", "ft": "ft foot feet", "g": "gram", "kg": "kilogram", "lb": "pound",
-    "l": "liter", "h": "hour hr", "min": "min minute", "s": "s second sec", "dollar": "USD", "mi / h": "mph"})
+    "cm": "cm centimeter", "m": "meter", "km": "km kilometer", "in": "in inch inche", "ft": "ft foot feet",
+    "mi": "mile", "g": "gram", "h": "hour hr", "min": "minute", "s": "s second", "dollar": "USD", "mi / h": "mph"})
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
 MODIFIERS = {*MULTIPLES, *(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
@@ -307,8 +307,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # 
      lambda n: n[0] if int(n[2] or n[4]) >= int(n[3] or n[5]) else f"({n[1]}+{n[2] or n[4]}/{n[3] or n[5]})"),
     (r"\|([^|]+)\|", r"\\abs{\1}"), (r"\^\s*\{\s*([\d°])\s*\}", r"^\1 "), (r"\^\s*°", "°"),
     (r"\b([fgh])\s*\^\s*\{\s*-1\s*\}\s*(?=\()", r"\1_{inverse}"), (r"\\(sin|cos|tan)\s*\^\s*\{\s*-1\s*\}", r"\\arc\1 "),
-    (r"°\s*\"?([CF])\"?(?=\s*$)", r' "deg\1'), (r"(?<=\d)\s*\(([A-Za-z][A-Za-z. /]+)\)", r" \1"),  # 9 (apples)
-    (r'^\s*(?:\( *"[A-E]\)(?=\s*\S)|\([A-E]\)\s(?=\s*[\d\\]))', "")]]  # a letter of multiple choice before a value
+    (r"°\s*\"?([CF])\"?(?=\s*$)", r' "deg\1'), (r"(?<=\d)\s*\(([A-Za-z][A-Za-z. /]+)\)", r" \1")]]  # 9 (apples)
 
 
 def clean(text: str) -> str:
@@ -553,8 +552,7 @@ def same(a: Node, b: Node) -> bool:
     """Whether two nodes mean the same, with the licences of what a question sets and an answer may leave out.
 
     - A name, x = 5 or f(2) = 5 or (x,y) = (3,4): x = 5 says 5, but not y = 5. Equations may be multiples of each other.
-    - A unit: 5 cm says 5, but neither 5 m nor 5 cm². So does a base: 52_8 says 52, and not its value 42, or else a
-      task of conversion would have its question for an answer.
+    - A unit: 5 cm says 5, but neither 5 m nor 5 cm². A base is one: 52_8 says 52, and not its value, 42.
     """
     if a.kind == b.kind == "=":
         (x, left), (y, right) = a.parts, b.parts
@@ -642,7 +640,7 @@ def formula(name: str, *parts: Node) -> Node:
     return Node(name, parts, tuple(found) or (None,))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def value(name: str, known: tuple) -> tuple:
     """The number that an operation makes of others, and a bound of its rounding error."""
     xs, operate = [x for x, _ in known], OPERATIONS[name]
@@ -667,8 +665,10 @@ def value(name: str, known: tuple) -> tuple:
 def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     """x^y, exact for an integer exponent; the real root for an odd root of a negative number."""
     exact = isinstance(x, Fraction) and isinstance(y, Fraction)
-    if exact and y.denominator == 1 and (max(abs(x.numerator), x.denominator).bit_length() - 1) * abs(y) <= MAX_BITS:
-        return x ** int(y)
+    if exact and y.denominator == 1:
+        bits = max(abs(x.numerator), x.denominator).bit_length() - 1
+        if bits * abs(y) <= MAX_BITS:
+            return x ** int(y)
     if exact and x < 0 and y.denominator % 2:
         return (-1) ** y.numerator * complex(-x) ** complex(y)
     return complex(x) ** complex(y)

@@ -90,7 +90,7 @@ RIGHT = [
     (r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}", r"\begin{bmatrix}-\frac13\\2\\\end{bmatrix}", "a matrix"),
     ("(1-x)^{20}", "(x-1)^20", "a high power"), (r"\frac{11+9a}{20}", "0.55+0.45a", "decimal coefficients"),
     ("|x-1|", "|1-x|", "absolute value"), (r"\text{(C)}", "C", "a choice in LaTeX"), (r"\text{even}", "even", "a word"),
-    (r"\textbf{(C)}\ 12", "12", "the value behind a choice"), ("Navin", r"\text{navin}", "a name in any case"),
+    ("Navin", r"\text{navin}", "a name in any case"),
     ("No solution", "no solution.", "words"), ("52", "52_8", "the base may go unsaid"), ("**7**", "7", "bold left on"),
     (r"\text{below}", "below", "a word in alphabetical order is still that word"), (r"\boxed{7}", "7", "a box left on"),
     ("4210_5", "4210_{5}", "a base in braces"), ("2^{2024}", "4^{1012}", "a large power, exactly"),
