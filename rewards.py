@@ -271,9 +271,9 @@ COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only c
     r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", '"ohm': "Omega", " ": ", ! ; : >"}) | {" ": " "}
 WORDS = invert({"π": "pi", "infinity": "infinity", "°": "degrees degree", "%": "percent", ",": "or and", "/": "per"})
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-UNITS = invert({  # without the s of the plural
+UNITS = invert({"g": "gram", "kg": "kilogram", "mi": "mile",  # without the s of the plural
     "cm": "cm centimeter", "m": "meter", "km": "km kilometer", "in": "in inch inche", "ft": "ft foot feet",
-    "mi": "mile", "g": "gram", "h": "hour hr", "min": "minute", "s": "s second", "dollar": "USD", "mi / h": "mph"})
+    "h": "hour hr", "min": "minute", "s": "second", "dollar": "USD", "mi / h": "mph"})
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
 MODIFIERS = {*MULTIPLES, *(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
@@ -331,9 +331,9 @@ def tokens(text: str) -> list[str]:
         bare, low, last = name.strip('"\\'), low.strip("{}"), found[-1]
         if bare in WORDS:
             name, sign = "", WORDS[bare]
-        letter, plain, follows = f"{bare}_{low}" if low else bare, bare.lower().removesuffix("s"), last[:1] == '"'
+        letter, plain = f"{bare}_{low}" if low else bare, bare.lower().removesuffix("s") or "s"
         word, unit = name[:1] == '"' or len(bare) > 1 and name == bare, UNITS.get(bare) or UNITS.get(plain, plain)
-        before, after = text[:match.start()], text[match.end():]
+        before, after, follows = text[:match.start()], text[match.end():], last[:1] == '"'
         if word and MODIFIERS & {bare.lower(), plain}:
             raise ValueError(f"{bare!r} changes what a number says")
         if follows and (word or sign in ("/", "^") or name and last[-1] == "/" or number and last[-1] == "^"):
