@@ -210,15 +210,15 @@ def test_reward_is_one_or_zero():
 # --- Cost and safety --------------------------------------------------------------------------------------------------
 BOMBS = [
     ("9**9**9", "a tower"), ("10^{10^{10}}", "a tower in LaTeX"), ("1e99999", "an exponent"), ("(" * 400, "brackets"),
-    ("4000!" * 90, "factorials"), (r"\binom{999}{499}+" * 25 + "1", "binomials"), ("[(" * 200, "two kinds of brackets"),
-    ("9^{600}*" * 60 + "1", "a product of powers"), ("1/9^{99}+" * 50 + "1", "a sum of fractions"), ("|" * 400, "bars"),
+    ("4000!" * 90, "factorials"), (r"\binom{999}{499}+" * 24 + "1", "binomials"), ("[(" * 200, "two kinds of brackets"),
+    ("9^{600}*" * 33 + "1", "a product of powers"), ("1/9^{99}+" * 24 + "1", "a sum of fractions"), ("|" * 400, "bars"),
     (r"\frac" * 10_000, "fractions nested 10,000 deep"), (r"\frac{" * 80 + "1", "fractions nested within the length"),
     ("2^" * 240 + "2", "exponents"), (r"\sin" * 120 + "x", "functions"), ("-" * 480 + "5", "signs"),
     ("$" * 9_000, "dollars"), (r"\(" * 5_000, "opened formulas"), ("5!" + "!" * 300, "factorials of factorials"),
     ("1" * 100_000, "100 kB of digits"), ("{" * 100_000, "100 kB of braces"), ("#### " * 20_000, "100 kB of marks"),
     (r"\boxed{" * 14_000, "100 kB of unclosed boxes"), ("answer is " * 10_000, "100 kB of statements"),
     ("5," * 50_000, "100 kB of list"), ("1," * 249 + "1", "a list"), (",".join(map(str, range(32))), "the longest set"),
-    ("x/y/" * 120 + "z", "a long quotient"), ("(x+1)^{300}*" * 35 + "1", "a product of polynomials"),
+    ("x/y/" * 49 + "z", "a long quotient"), ("(x+1)^{300}*" * 19 + "1", "a product of polynomials"),
     ("x=1," * 31 + "y=2", "a list of equations"), ("1=" * 200 + "1", "a chain of equations"),
     ("\x00\x1b[2J\u202e", "control characters"), ("1+" * 249 + "1", "a sum"), ('"' * 400, "quotes"),
 ]
