@@ -49,14 +49,14 @@ def chain_split(question: str) -> str:
     return "test" if hashlib.sha256(question.strip().encode()).digest()[0] < 64 else "train"
 
 
-def chain_problems(count: int, split: str, operands: int = 4, seed: int = 0) -> list[Problem]:
+def chain_problems(count: int | None, split: str, operands: int = 4, seed: int = 0) -> list[Problem]:
     """`count` different sums of `operands` two-digit numbers, such as Problem("37+48+25+96=", "206"): always the same.
-    Raises InputError for an unknown split, and for more than there is room for."""
+    Raises InputError for an unknown split, for no count, and for more than there is room for."""
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}: use train or test")
     room = 90 ** max(operands, 0) // 8  # half of the test quarter: drawing at random stays quick
-    if operands < 1 or not 1 <= count <= room:
-        raise InputError(f"cannot make {count} chains of {operands} operands: there is room for 1 to {room}")
+    if operands < 1 or count is None or not 1 <= count <= room:
+        raise InputError(f"cannot make {count} chains of {operands} operands: give a count, with room for 1 to {room}")
     rng, problems = random.Random(f"chain {split} {operands} {seed}"), {}
     while len(problems) < count:
         numbers = [rng.randint(10, 99) for _ in range(operands)]
@@ -79,29 +79,26 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
     Raises InputError for what is unknown, missing, broken or too few, and for a gold answer that cannot be read.
     """
     if source == "chain":
-        if count is None:
-            raise InputError("the chain problems have no end: give a count")
         return chain_problems(count, split, operands, seed)
     if split not in ("train", "test", "all"):
         raise InputError(f"unknown split {split!r}: use train, test or all")
-    splits, problems = load_splits(source), {}
-    published = split in splits and len(splits) > 1
-    if not published and split != "all" and len(splits) > 1:
+    splits = load_splits(source)
+    whole = split == "all" or len(splits) == 1
+    if not whole and split not in splits:
         raise InputError(f"{source} has no split {split!r}: it has {', '.join(splits)}")
-    rows = splits[split] if published else [row for rows in splits.values() for row in rows]
-    for n, row in enumerate(rows, start=1):
-        problem = row_problem(row, f"{source}, problem {n}", question_field, answer_field)
-        if published or not divide or split in ("all", chain_split(problem.question)):
-            problems[n] = problem
+    rows = [row for rows in splits.values() for row in rows] if whole else splits[split]
+    problems = [(n, row_problem(row, f"{source}, problem {n}", question_field, answer_field))
+                for n, row in enumerate(rows, start=1)]
+    if whole and divide and split != "all":
+        problems = [(n, problem) for n, problem in problems if chain_split(problem.question) == split]
     if not problems or count is not None and not 1 <= count <= len(problems):
         raise InputError(f"cannot take {'any' if count is None else count} problems: "
                          f"the {split} split of {source} has {len(problems)}")
-    chosen = list(problems) if count is None else random.Random(seed).sample(list(problems), count)
-    for n in chosen:
-        question, gold = problems[n].question, problems[n].answer
+    chosen = problems if count is None else random.Random(seed).sample(problems, count)
+    for n, (question, gold) in chosen:
         if not reward(f"\\boxed{{{gold}}}", gold):  # then nothing can hit it
             raise InputError(f"{source}, problem {n}: cannot read the gold answer {gold[-80:]!r} ({question[:60]!r})")
-    return [problems[n] for n in chosen]
+    return [problem for _, problem in chosen]
 
 
 def load_splits(source: str) -> dict[str, list[dict]]:
@@ -110,33 +107,27 @@ def load_splits(source: str) -> dict[str, list[dict]]:
     if kind in ("jsonl", "parquet") and not Path(source).is_file():
         raise InputError(f"no such file: {source}")
     if kind == "jsonl":
-        splits = {"train": read_jsonl(source)}
-    elif kind == "parquet" or "/" in path:
-        from datasets import load_dataset, logging  # slow to import
-
-        logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told once, below
-        try:
-            splits = load_dataset(kind, data_files=source) if kind == "parquet" else load_dataset(path, config or None)
-        except Exception as error:  # some twenty kinds, for the network, the name, the config, the file
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise InputError(f"cannot load the data set {source}: {reason}") from error
-    else:
+        return {"train": read_jsonl(source)}
+    if kind != "parquet" and "/" not in path:
         raise InputError(f"unknown data set {source!r}: use chain, {', '.join(SHORT_NAMES)}, a .jsonl or .parquet "
                          "file, or a hub id owner/name")
-    if not any(map(len, splits.values())):
-        raise InputError(f"{source} is empty: it needs at least one problem")
-    return splits
+    from datasets import load_dataset, logging  # slow to import
+
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told once, below
+    try:
+        return load_dataset(kind, data_files=source) if kind == "parquet" else load_dataset(path, config or None)
+    except Exception as error:  # some twenty kinds, for the network, the name, the config, the file
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(f"cannot load the data set {source}: {reason}") from error
 
 
 def read_jsonl(path: str) -> list[dict]:
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-        if rows and not isinstance(rows[-1], dict):
-            raise InputError(f'{path}, line {number}: not a problem, such as {{"question": "…", "answer": "…"}}')
+            rows += [dict(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f'{path}, line {number}: no {{"question": "…", "answer": "…"}}: {error}') from None
     return rows
 
 
@@ -180,47 +171,35 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
     """
     if kind not in ("std", "mean", "loo"):
         raise InputError(f"unknown advantage {kind!r}: use std, mean or loo")
-    group = groups.unique(return_inverse=True)[1]
-    r = rewards.float() if rewards.element_size() < 4 else rewards
-    zeros = r.new_zeros(r.shape)  # one for each group, and some to spare
-    size = zeros.index_add(0, group, r.new_ones(r.shape))
-    centred = r - (zeros.index_add(0, group, r) / size)[group]
-    low, high = (zeros.scatter_reduce(0, group, r, how, include_self=False) for how in ("amin", "amax"))
-    equal = (low == high)[group]  # asked of the rewards: a computed std may be rounding noise instead of 0
-    if kind == "std":
-        centred = centred / (zeros.index_add(0, group, centred ** 2) / size).sqrt()[group]
-    elif kind == "loo":
-        centred = centred * (size / (size - 1))[group]
-    return centred.masked_fill(equal, 0.0).to(rewards.dtype)
+    advantages = rewards.new_zeros(rewards.shape)
+    for group in groups.unique():
+        members = groups == group
+        r = rewards[members]
+        if (r != r[0]).any():  # asked of the rewards: a computed std may be rounding noise instead of 0
+            scale = {"std": 1 / r.std(correction=0), "mean": 1, "loo": len(r) / (len(r) - 1)}[kind]
+            advantages[members] = (r - r.mean()) * scale
+    return advantages
 
 
-# ------------------------------------------------------------------------------------------------- the reader of maths
-
-# The algorithm needs nothing below: only `extract_answer` and `is_correct`, which `reward` calls.
+# ------------------------------------------------ the reader of maths, behind reward: the algorithm needs nothing of it
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([^\s{}$]+))")
-STATEMENT = re.compile(
-    r"\banswer(?:\s(?:to|of|for)\s[^.:=\n]{1,60}?)?\s{0,3}\**\s?(?:is\b|equals\b|:|=)[\s:*=]{0,10}", re.IGNORECASE)
-SENTENCE_END = re.compile(  # or a reason
-    r"[.!?](?=[\s*`]*$|\s+[A-Z*#])|(?<![A-Za-z])[.!?](?=\s+[$\\])|,?\s\(?(?:because|since|so|which|where|due|hence|thus"
-    r"|therefore|given|assuming|by(?!\s\S*\d)|as\s(?:required|desired|needed|claimed|expected|computed|shown))\b")
-ASIDE = re.compile(
-    r"^not\s.*\sbut\s|(?:,|\sand|\sbut)\snot\s.*|\s(?:rather than|instead of)\s.*|\sis (?:the|our|my)\b[a-z ]*\banswer$"
-    r"|^(?:(?:therefore|thus|then|simply|just|exactly|about|approximately|equal to|given by|choice|option),?\s)+")
-# Where a formula may begin after a word.
+STATEMENT = re.compile(r"(?i)\banswer(?: (?:to|of|for) [^.:=\n]{1,60}?)?[\s*]{0,4}(?:is\b|equals\b|:|=)[\s:*=]{0,10}")
+REASON = re.compile(r",?\s\(?(?:because|since|so|which|where|hence|thus|therefore|given|by(?!\s\S*\d)|as\s\w+ed)\b")
+ASIDE = re.compile(r"^not\s.*\sbut\s|(?:,|\sand|\sbut)\snot\s.*|\sis (?:the|our|my)\b[a-z ]*\banswer$"
+                   r"|^(?:(?:therefore|then|simply|just|exactly|about|approximately|equal to|option),?\s)+")
+# Where a formula may begin after a word, and what before it makes it a part of what is said, or not said at all.
 START = re.compile(r"(?<=[A-Za-z][a-z,:]\s)(?=[-−+$€£\\(\[{|.√\d]|[A-Za-z](?![a-z])|[A-Z]+\b)")
-UNSAID = re.compile(  # what makes the formula after it a part of what is said, or not said at all
-    r"\b(?:not|\w+n't|never|cannot|false|wrong)\b(?!.*\bbut\b)|\b(?:is|are)\b.*\d.*\b(?:is|are)\b|\\[a-z]+\s*$"
-    r"|(?:half|third|quarter)\s+of\s*$|\d\S*\s+(?!is|are|equals|gives|makes)[a-z]+\s*$|\b(?:by|in)\s*$", re.IGNORECASE)
+UNSAID = re.compile(r"(?i)\b(?:not|\w+n't|never|cannot|false|wrong)\b(?!.*\bbut\b)|\b(?:is|are)\b.*\d.*\b(?:is|are)\b"
+                    r"|\\[a-z]+\s*$|(?:half|third|quarter)\s+of\s*$|\d\S*\s+(?!is|are)[a-z]+\s*$|\b(?:by|in)\s*$")
 
 
 def extract_answer(text: str) -> str | None:
     """The answer that a completion states in its last 10,000 characters, as text, or None.
 
-    In this order: the last balanced \\boxed{…} or \\fbox{…}, whatever follows; the last `#### …`; the last "the answer
-    is …" or "Answer: …"; the formula that ends the last line. Where a text is ambiguous:
+    In this order: the last balanced \\boxed{…} or \\fbox{…} that is not empty; the last `#### …`; the last "the answer
+    is …" or "Answer: …"; the formula that ends the last sentence. Where a text is ambiguous:
     - An unclosed box and all after it is ignored, an earlier one counts: `\\boxed{1` may have been on its way to 12.
-    - An empty box is no box: prompts, and completions that repeat them, contain `\\boxed{}`.
     - A statement is taken whole, to the end of its sentence or to a reason ("because …"): no part of "5 or 7" is the
       answer. "The largest n is 34" says 34, "not 4 but 5" says 5, and "5!" at the end of a sentence is no factorial.
     """
@@ -230,9 +209,10 @@ def extract_answer(text: str) -> str | None:
     if marked := re.findall(r"####\s*([-+−$\\(\[{.\d][^\n]*)", text):  # a heading, "#### Step", is no answer
         return marked[-1].strip()
     said = [statement.end() for statement in STATEMENT.finditer(text)]
-    text = text[said[-1]:][:MAX_LENGTH] if said else text.strip()[-MAX_LENGTH:]
+    text = text[said[-1]:][:2 * MAX_LENGTH] if said else text.strip()[-2 * MAX_LENGTH:]
     text = re.sub(r"\\\[.*?\\\]|\$\$.*?\$\$", lambda display: " ".join(display[0].split()), text, flags=re.DOTALL)
-    return stated(text.split("\n")[0 if said else -1], bool(said))
+    sentence = re.split(r"\n|[.!?]\s+(?=[A-Z*#])", text)[0 if said else -1]
+    return stated(sentence, bool(said)) if len(sentence) <= MAX_LENGTH else None
 
 
 def last_box(text: str) -> str | None:
@@ -247,26 +227,26 @@ def last_box(text: str) -> str | None:
 
 
 def stated(line: str, said: bool) -> str | None:
-    """All of a line, or the first of its tails that is a formula after words: "there are 12 apples". After "the answer
-    is" (`said`), these words must end in is, are or be."""
+    """All of a sentence, or the first of its tails that is a formula after words: "there are 12 apples". After "the
+    answer is" (`said`), these words must end in is, are or be."""
     if not said and (step := re.fullmatch(r"(?:.*;)?(?:[\d\s.,+*/()×÷$%−-]+=)+([^=]+?)[\s.]*", line)):
         return step[1].strip()  # 37+48=85;85+25=110
-    words, line = line.strip(" *`."), ASIDE.sub("", SENTENCE_END.split(line)[0].rstrip(" *`.!?").lstrip(" *`"))
+    line = ASIDE.sub("", REASON.split(line)[0].rstrip(" *`.!?").lstrip(" *`"))
     starts = [start.start() for start in START.finditer(line) if line[:start.start()].count("$") % 2 == 0]
     for start in [0, *starts[-12:]]:
         word = line[:start].lower().rstrip(" ,:").rpartition(" ")[2]
-        free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS.keys() - {"to"}
+        free = word in ("is", "are", "be", "equals") if said else word not in MODIFIERS - {"to"}
         free = start == 0 or free and not UNSAID.search(line[:start])
         if free and read(line[start:]).kind not in ("text", "unreadable"):
             return line[start:]
-    return line if line and said else words if words.isalpha() else None
+    return line if line and said else None
 
 
 # ------------------------------------------------------------------------- reading: from text over tokens to its values
 
-# What is not understood to its last character is text, equal to its own words alone. No text can cost much: its length,
-# the depth of nesting, the items to match in any order and the size of exact numbers are limited.
-MAX_LENGTH, MAX_DEPTH, MAX_ITEMS = 500, 24, 32  # characters; brackets, fractions, … in one another; items of a set
+# What is not understood to its last character is text, equal to its own words alone. No text can cost much: limited are
+# its characters and tokens, the depth of nesting, the items to match in any order and the size of exact numbers.
+MAX_LENGTH, MAX_TOKENS, MAX_DEPTH, MAX_ITEMS = 500, 200, 24, 32  # depth: of brackets, fractions, … in one another
 
 
 class Node(NamedTuple):
@@ -285,120 +265,103 @@ def invert(table: dict[str, str]) -> dict[str, str]:
 
 
 COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only changes the looks
-    "*": "cdot times ast", "/": "div", ":": "colon", "±": "pm", "∓": "mp", "π": "pi", " infinity": "infty",
-    "°": "circ degree", "∪": "cup", "∩": "cap", "∈": "in", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt",
-    ">": "gt", "≈": "approx", "%": "%", "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace",
-    "⟨": "langle", "⟩": "rangle", "'": "prime", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
-    " ": ", ! ; : > # ( ) [ ]"}) | {" ": " "}
-WORDS = invert({"π": "pi", "infinity": "infinity inf", "°": "degrees degree", "%": "percent", ",": "or and",
-                "∪": "union", "/": "per"})
+    "*": "cdot times", "/": "div", "±": "pm", "∓": "mp", "π": "pi", " infinity": "infty", "°": "circ degree", "=": "in",
+    "∪": "cup", "∩": "cap", "≤": "le leq leqslant", "≥": "ge geq geqslant", "≈": "approx", "%": "%",
+    "|": "vert lvert rvert mid", r"\{": "lbrace", r"\}": "rbrace", "⟨": "langle", "⟩": "rangle",
+    r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", '"ohm': "Omega", " ": ", ! ; : >"}) | {" ": " "}
+WORDS = invert({"π": "pi", "infinity": "infinity", "°": "degrees degree", "%": "percent", ",": "or and", "/": "per"})
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-UNITS = {name: unit for unit, names in {  # without the s of the plural
-    "cm": "centimeter centimetre", "mm": "millimeter", "m": "meter metre", "km": "kilometer kilometre", "mi": "mile",
-    "in": "inch inche", "ft": "foot feet", "yd": "yard", "g": "gram", "kg": "kilogram", "mg": "", "lb": "pound",
-    "oz": "ounce", "L": "liter litre", "mL": "ml milliliter", "h": "hour hr", "min": "minute", "s": "second sec",
-    "Hz": "hertz", "dollar": "USD", "mi/h": "mph", **dict.fromkeys("NJWVKACTF", "")}.items()
-    for name in (unit, *names.split())}
+UNITS = invert({"g": "gram", "kg": "kilogram", "mi": "mile",  # without the s of the plural
+    "cm": "cm centimeter", "m": "meter", "km": "km kilometer", "in": "in inch inche", "ft": "ft foot feet",
+    "h": "hour hr", "min": "minute", "s": "second", "dollar": "USD", "mi / h": "mph"})
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
-MODIFIERS = invert({"":
+MODIFIERS = {*MULTIPLES, *(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
-    "unless if when except without half halves third thirds quarter quarters fourths fifths sixths eighths tenths "
-    "tenth hundredths thousandths score pair pairs couple twice double doubled squared cubed factorial remainder "
-    "modulo mod below negative zero one two three four five six seven eight nine ten maybe perhaps possibly wrong "
-    "incorrect false until through th st nd rd"})
-GREEK = invert({"": "alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi "
-                    "chi psi omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega"})
-CHARACTERS = str.maketrans({"√": " sqrt ", "∞": " infinity "}) | str.maketrans(
-    "−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥")
-CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "⟨": ("⟩",), "⟦": ("⟧",)}
+    "unless if when except without half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth score "
+    "pair couple twice double squared cubed factorial remainder modulo mod below negative wrong th st nd rd").split()}
+GREEK = "alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi rho sigma tau phi chi psi omega ell".split()
+CHARACTERS = str.maketrans("−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥") | {ord("√"): " sqrt ", ord("∞"): " infinity "}
+CLOSING, END = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"], "⟨": "⟩", "⟦": "⟧"}, "\n"
 
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [  # of LaTeX into signs and "words
     (r"(?:\\\$|(?<![^-])\$(?=[\d.,]+$))\s*([\d.,\\!]*\d)(?![\d.,\\!]*\s*(?:\w|\\[a-z]))", r" \1 \\text{dollar} "),
     (r"(?<!\\)\\[()\[\]$]|[\x00-\x20\x7f\"$`~]+", " "),  # what stands around maths
     (r"^ ?\*\*([^*]+)\*\*", r"\1 "), (r"^[ *=:≈]+|[ *.,;:]+$", ""),
     (r"(?<=\d)(?:\\!)?(?:,\\!|\{,\}|\\,|_)\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
+    (r"(\d[\dA-F]*)_(?:([1-9]\d?)|\{([1-9]\d?)\})(?!\d)", r'\1 "base^\2\3 '),  # 52_8, as if it were a unit
     (r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![^(\[]*[)\]])(?!\d)", lambda number: number[0].replace(",", "")),
-    (r"\\(?:text(?:bf|it|rm|sf|normal)?|[mh]box|mathrm|operatorname)\s*\{(?:([^{}\d]*)|([^{}]*))\}",
-     lambda text: re.sub(r"[\\*]?([A-Za-z]+)", r' "\1', f" {text[1] or ''} ") + (text[2] or "")),  # or 7 is no unit
+    (r"\\(?:text(?:bf|it|rm|sf|normal)?|[mh]box|mathrm|operatorname)\s*\{([^{}]*)\}",
+     lambda text: re.sub(r"[\\*]?([A-Za-z]+)", r' "\1', f" {text[1]} ")),
     (r"(?:\b[mM]\s*)?\\(?:angle|triangle|over\w+)\s*(?:\{([A-Z]{1,4})\}|(?=[A-Z]{1,4}\b))", r" \1 "),
     (r"\\begin\s*\{(?:[a-z]*matrix\}|array\}\s*\{[^{}]*\})", "⟦⟨"), ("[&;]", ","),
     (r"(?:\\\\)?\s*\\end\s*\{(?:[a-z]*matrix|array)\}", "⟩⟧"), (r"\\\\", "⟩,⟨"),
     (r"\\(?:left|right|[bB]ig[lr]?|\w*style|limits|q?quad|math[bci]\w+|boldsymbol|vec|bf|rm|boxed|fbox)(?![a-z])", " "),
     (r"\\([A-Za-z]+|[^{}])", lambda command: COMMANDS.get(command[1], command[0]) + " "),
     (r"^(?:≈|(?:Rs\.?|USD?)\s*(?=\d))", ""), (r"(?<=[a-z])\.(?=\s|$|[a-z]\b)", ""),  # sq. ft., a.m.
+    (r'(?i)(?<=\d)\s*"?(dozen|hundred|thousand|million|billion|trillion)s?\b', lambda n: f"*{MULTIPLES[n[1].lower()]}"),
     (r"\*\*", "^"), ("<=", "≤"), (">=", "≥"), (r"(?<![\d.])\.(?=\d)", "0."),
-    ((r"((?:^|[=≈,])(?:[^A-Za-z=≈,]|\\frac|\\sqrt)*[\d}π)])( +[gmshLNJWVKACTF]| *\\mu +[A-Za-z]| *\\Omega)"
-      r"(?= *(\^[23])?\s*([,/]|$))"), lambda unit: unit[1] + ' "' + re.sub(r"\W", "", unit[2])),  # 5 m, no 5m or 5x m
+    (r"((?:^|[=≈,])(?:[^A-Za-z=≈,]|\\frac|\\sqrt)*[\d}π)]) +([gmshLNJWVKACTF])(?= *(?:[,/^]|$))", r'\1 "\2'),  # no 5m
     (r'"?\b(?:square|sq) ("?[A-Za-z]+)', r"\1^2"), (r'"?\b(?:cubic|cu) ("?[A-Za-z]+)', r"\1^3"),
     (r"\\(frac|binom|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
     (r"(?<![\d.^_])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s(\d+)/(\d+))",  # 1\frac45 is a sum, 1\frac54 is not
      lambda n: n[0] if int(n[2] or n[4]) >= int(n[3] or n[5]) else f"({n[1]}+{n[2] or n[4]}/{n[3] or n[5]})"),
-    *[(r"\|([^|]+)\|", r"\\abs{\1}")] * 2, (r"\^\s*\{\s*([\d°])\s*\}", r"^\1 "), (r"\^\s*°", "°"),
-    (r"\^\s*\{?\s*'\s*\}?(?!')", "'"), (r"\b([fgh])\s*\^\s*\{\s*-1\s*\}\s*(?=\()", r"\1_{inverse}"),
-    (r"°\s*\"?([CF])\"?(?=\s*$)", r' "deg\1'), (r"(?<=\d)\s*\(([A-Za-z][A-Za-z. /]+)\)", r" \1"),  # 9 (apples)
-    (r'^\s*(?:\( *"[A-E]\)(?=\s*\S)|\([A-E]\)\s(?=\s*[\d\\]))', "")]]  # a letter of multiple choice before a value
+    (r"\|([^|]+)\|", r"\\abs{\1}"), (r"\^\s*\{\s*([\d°])\s*\}", r"^\1 "), (r"\^\s*°", "°"),
+    (r"\b([fgh])\s*\^\s*\{\s*-1\s*\}\s*(?=\()", r"\1_{inverse}"), (r"\\(sin|cos|tan)\s*\^\s*\{\s*-1\s*\}", r"\\arc\1 "),
+    (r"°\s*\"?([CF])\"?(?=\s*$)", r' "deg\1'), (r"(?<=\d)\s*\(([A-Za-z][A-Za-z. /]+)\)", r" \1")]]  # 9 (apples)
 
 
 def clean(text: str) -> str:
     """The text with LaTeX's and Unicode's variants in one spelling, and a quotation mark before the words of \\text."""
-    if not text.isascii():
-        text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text.translate(CHARACTERS))
-        text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)).replace("⁄", "/")  # 3½ is 3 1/2
-        text = "".join(letter for letter in text if unicodedata.category(letter) not in ("Cf", "Mn"))
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text.translate(CHARACTERS))
+    text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)).replace("⁄", "/")  # 3½ is 3 1/2
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
-TOKEN = re.compile(r"""(\d[\dA-F]*_(?:\d+|\{\d+\})|\d+\.?\d*(?:[eE][+-]?\d{1,3}(?!\d))?)
+TOKEN = re.compile(r"""(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?!\d))?)
                        | ("?\\?[A-Za-z]+'*)(?:_(\w|\{[^{}]*\}))? | (\\[{}]|\S)""", re.VERBOSE)
 
 
 def tokens(text: str) -> list[str]:
     """Strings, each of a kind that its first character tells: a number, a letter, "words, a \\command, or a sign."""
-    found = ["", ""]
+    found = [""]
     for match in TOKEN.finditer(text):
         number, name, low, sign = match.groups(default="")
         bare, low, last = name.strip('"\\'), low.strip("{}"), found[-1]
         if bare in WORDS:
             name, sign = "", WORDS[bare]
-        letter, plain, follows = f"{bare}_{low}" if low else bare, bare.lower().removesuffix("s"), last[:1] == '"'
+        letter, plain = f"{bare}_{low}" if low else bare, bare.lower().removesuffix("s") or "s"
         word, unit = name[:1] == '"' or len(bare) > 1 and name == bare, UNITS.get(bare) or UNITS.get(plain, plain)
-        before, after = text[:match.start()], text[match.end():]
-        multiplies = plain in MULTIPLES and last[:1].isdigit()
-        if word and (bare.lower() in MODIFIERS or plain in MULTIPLES and not multiplies):
+        before, after, follows = text[:match.start()], text[match.end():], last[:1] == '"'
+        if word and MODIFIERS & {bare.lower(), plain}:
             raise ValueError(f"{bare!r} changes what a number says")
-        if follows and (sign in ("/", "^") or name and last[-1] == "/" or number and last[-1] == "^"):
-            found[-1] += number or sign or unit  # km/h, cm^2
+        if follows and (word or sign in ("/", "^") or name and last[-1] == "/" or number and last[-1] == "^"):
+            found[-1] += " " + (number or sign or unit)  # km / h, cm ^ 2
         elif not name:
-            found.append("=" if sign == ":" and follows and found[-2] in ("", ",") else number or sign)  # Area: 5
-        elif follows and word:
-            found[-1] += " " + unit
-        elif multiplies:
-            found += ["*", str(MULTIPLES[plain])]
+            found.append(number or sign)
         elif "\\" + bare in FUNCTIONS or bare in ("frac", "binom", "sqrt"):
             found += ["\\" + bare, "_", low] if low else ["\\" + bare]
         elif name[0] == "\\":
-            found.append(letter if bare in GREEK else name)
+            found.append(letter if bare.lower().removeprefix("var") in GREEK else name)
         elif (len(bare.rstrip("'")) == 1 and (name == bare or last in ("", "(", "{", ",", "="))
               or re.fullmatch("[A-Z]{2,4}", name) and name not in UNITS):  # AB is a segment
             found.append(letter)
-        # Two or three letters in alphabetical order, as products are written, beside a sign of a formula: 2xy, ab+c.
         elif (re.fullmatch("[a-z]{2,3}", name) and list(name) == sorted(set(name)) and name not in UNITS
               and (re.search(r"\d$|[-+*/^=({[}]\s*$", before) or re.match(r"\s*[-+*/^=)}\]]", after))):
-            found += [*name[:-1], letter[len(name) - 1:]]
+            found += [*name[:-1], letter[len(name) - 1:]]  # 2xy, ab+c: products are written in alphabetical order
         else:
             found.append('"' + unit)
-    return found[2:]
+    return found[1:]
 
 
 class Reader:
     """Recursive descent over the tokens of an answer. Raises ValueError for what is no formula to its last token."""
 
     def __init__(self, found: list[str]):
-        self.tokens, self.at, self.depth = [*found, "", "", "", ""], 0, 0
-        letters = sum(token[:1].isalpha() for token in found)
-        self.points = max(4, 300 // (1 + letters))  # of POINTS: fewer for a long formula, which would cost
+        if len(found) > MAX_TOKENS:
+            raise ValueError("too many signs")
+        self.tokens, self.at, self.depth = [*found, *[END] * 4], 0, 0
 
     def take(self, wanted) -> str:
         """The next token, moving past it, if it is one of those wanted; else ""."""
@@ -406,40 +369,38 @@ class Reader:
         self.at += bool(token)
         return token
 
-    def items(self, closing: tuple[str, ...], separators: str = ",∪") -> list[Node]:
+    def items(self, closing, separators: str = ",∪") -> list[Node]:
         """Items between separators, up to the closing token."""
         items = [self.statement()]
         while sign := self.take(separators):
             self.take(",")  # "1, 2, and 3"
             items += [symbol(sign)] * (sign in "|∩") + [self.statement()]
-        if self.tokens[self.at] not in closing:
-            raise ValueError(f"unexpected {self.tokens[self.at] or 'end'!r}")
-        self.at += 1
+        if not self.take(closing):
+            raise ValueError(f"unexpected {self.tokens[self.at]!r}")
         return items
 
     def statement(self) -> Node:
         """A quantity, or what a chain of them says: "=" of a name and its value or interval, or of two formulas."""
-        sides, signs = [self.quantity()], []
-        while sign := self.take("=≈∈<>≤≥"):
-            signs.append(sign)
-            sides.append(self.quantity())
+        sides, signs = [self.quantity()], ""
+        while sign := self.take("=≈<>≤≥"):
+            sides, signs = [*sides, self.quantity()], signs + sign
         named = is_name(sides[0])
-        if signs[-1:] == ["≈"] and rounds(sides[-1], sides[-2]):  # 20000/π ≈ 6366.2 says 20000/π
+        if signs[-1:] == "≈" and rounds(sides[-1], sides[-2]):  # 20000/π ≈ 6366.2 says 20000/π
             sides, signs = sides[:-1], signs[:-1]
-        if set(signs) <= set("=≈") or signs == ["∈"] and named:
+        if set(signs) <= set("=≈"):
             if all(same(side, sides[-1]) for side in sides[named:-1]):  # 37+48 = 85 says 85
                 return Node("=", (sides[0], sides[-1])) if named and signs else sides[-1]
-            if signs == ["="]:
+            if signs == "=":
                 return Node("=", (*sides,))
         if set(signs) <= set(">≥"):
-            sides, signs = sides[::-1], ["<≤"[sign == "≥"] for sign in signs[::-1]]
-        if set(signs) <= set("<≤"):  # x < 3 is −∞ < x < 3
-            before, after = is_name(sides[0]), is_name(sides[-1])
-            sides = [symbol("-infinity")] * before + sides + [symbol("infinity")] * after
-            signs = ["<"] * before + signs + ["<"] * after
-            if len(sides) == 3 and is_name(sides[1]):
-                ends = "(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"]
-                return Node("=", (sides[1], Node(ends, (sides[0], sides[2]))))
+            sides, signs, named = sides[::-1], signs[::-1].translate(str.maketrans(">≥", "<≤")), is_name(sides[-1])
+        if len(signs) == 1 and named:  # x < 3 is −∞ < x < 3
+            sides, signs = [symbol("-infinity"), *sides], "<" + signs
+        elif len(signs) == 1:
+            sides, signs = [*sides, symbol("infinity")], signs + "<"
+        ends = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}.get(signs)
+        if ends and is_name(sides[1]):
+            return Node("=", (sides[1], Node(ends, (sides[0], sides[2]))))
         raise ValueError("a chain of different values, or an inequality that is no interval")
 
     def quantity(self) -> Node:
@@ -447,15 +408,14 @@ class Reader:
         parts = [self.sum()]
         while self.take(":"):
             parts.append(self.sum())
-        node = parts[0] if len(parts) == 1 else formula(":", *parts[:2])
-        if len(parts) > 2:
-            node = Node("ratio", tuple(formula("/", part, parts[-1]) for part in parts[:-1]))
+        quotients = [formula("/" if parts[2:] else ":", part, parts[-1]) for part in parts[:-1]] or parts
+        node = quotients[0] if len(quotients) == 1 else Node("ratio", (*quotients,))
         last, unit = self.tokens[self.at - 1], self.tokens[self.at]
         if unit[:1] != '"':
             return Node("unit", (node, "°")) if last == "°" else node
         self.at += 1
-        if unit[-1] in "/^" or last[:1].isalpha() and last != "π" and re.split("[/^ ]", unit[1:])[0] not in UNITS:
-            raise ValueError(f"{unit[1:]!r} is no unit")
+        if last[:1].isalpha() and last != "π":
+            raise ValueError(f"{unit[1:]!r} after a letter is no unit")
         return Node("unit", (node, unit[1:]))
 
     def sum(self) -> Node:
@@ -477,9 +437,7 @@ class Reader:
 
     def power(self) -> Node:
         """An atom with its signs, !, ° or %, and exponent."""
-        minus = False
-        while sign := self.take("+-"):
-            minus ^= sign == "-"
+        minus = self.take("+-") == "-"
         if minus and self.take(("infinity",)):
             return symbol("-infinity")
         self.depth += 1
@@ -490,8 +448,8 @@ class Reader:
             node = formula(after, node) if self.take(after) else node
         node = formula("^", node, self.power()) if self.take("^") else node
         self.depth -= 1
-        if minus and node.kind in ("number", "decimal", "base"):
-            return node._replace(parts=(-node.parts[0], node.parts[1]), values=((-node.parts[0], 0.0),) * len(POINTS))
+        if minus and node.kind in ("number", "decimal"):
+            return node._replace(parts=(-node.parts[0], node.parts[1]), values=((-node.parts[0], 0.0),) * POINTS)
         return formula("*", number("-1"), node) if minus else node
 
     def atom(self) -> Node:
@@ -504,8 +462,8 @@ class Reader:
             short = re.match(r"(?:[fgh]|[A-Z]+)(?![a-z])", token) or ")" in self.tokens[self.at + 2:self.at + 4]
             alone = any(name == token and after != "(" for name, after in zip(self.tokens, self.tokens[1:]))
             if short and not alone and token not in CONSTANTS and self.take("("):
-                return formula("call", symbol(token), *self.items((")",), ",∪|∩"))
-            return Node(*symbol(token)[:2], symbol(token).values[:self.points])
+                return formula("call", symbol(token), *self.items(")", ",∪|∩"))
+            return symbol(token)
         if token in CLOSING:
             items, closing = self.items(CLOSING[token]), self.tokens[self.at - 1]
             if token in ("{", r"\{"):
@@ -514,17 +472,15 @@ class Reader:
         if token in (r"\frac", r"\binom"):
             return formula(token, self.atom(), self.atom())
         if token == r"\sqrt":
-            root = formula("/", number("1"), unordered(self.items(("]",)))) if self.take("[") else number("1/2")
+            root = formula("/", number("1"), unordered(self.items("]"))) if self.take("[") else number("1/2")
             return formula("^", self.atom(), root)
         if token in FUNCTIONS:
             return self.function(token)
-        raise ValueError(f"unexpected {token or 'end'!r}")
+        raise ValueError(f"unexpected {token!r}")
 
     def function(self, name: str) -> Node:
         base = self.atom() if self.take("_") else None
         exponent = self.atom() if self.take("^") else None
-        if exponent == number("-1") and "\\arc" + name[1:] in FUNCTIONS:
-            name, exponent = "\\arc" + name[1:], None
         bracket = self.tokens[self.at] in CLOSING
         argument = self.atom() if bracket else self.power()
         while not bracket and self.multiplies() and self.tokens[self.at] not in FUNCTIONS:
@@ -534,15 +490,10 @@ class Reader:
         return node if exponent is None else formula("^", node, exponent)
 
 
-@lru_cache(maxsize=4096)
 def number(token: str) -> Node:
-    """A number, with what a decimal's last digit is worth; or one in another base, 52_8, with its base."""
-    digits, _, base = token.partition("_")
-    base, places = base.strip("{}"), 0 if "e" in digits.lower() else len(digits.partition(".")[2])
-    if base and not all(int(digit) < int(base) <= 36 for digit in digits):
-        raise ValueError("no number in this base")
-    kind, x = "base" if base else "decimal" if places else "number", Fraction(digits)
-    return Node(kind, (x, Fraction(base or 1) / 10 ** places), ((x, 0.0),) * len(POINTS))
+    """A number, with what a decimal's last digit is worth."""
+    x, places = Fraction(token), len(token.partition(".")[2])
+    return Node("decimal" if places else "number", (x, Fraction(1, 10 ** places)), ((x, 0.0),) * POINTS)
 
 
 def unordered(items: list[Node]) -> Node:
@@ -560,7 +511,7 @@ def is_name(node: Node) -> bool:
     if node.kind == "()":
         return all(part.kind == "name" for part in node.parts) and list(node.parts) == sorted(set(node.parts))
     if node.kind in (r"\abs", r"\sin", r"\cos", r"\tan"):
-        return node.parts[0].kind == "name" and (str(node.parts[0]).isupper() or str(node.parts[0]) in GREEK)
+        return bool(re.fullmatch("[A-Z]+|[a-z]{2,}", str(node.parts[0])))  # A, AB or theta, no x
     return node.kind in ("name", "call")
 
 
@@ -570,24 +521,24 @@ def read(text: str) -> Node:
     it is too long or unbalanced, or has no letters and a number that is undefined, as 1/0, or too large."""
     if len(text) > MAX_LENGTH:
         return Node("unreadable", (f"longer than {MAX_LENGTH} characters",))
-    if re.fullmatch("-?[0-9]+", text):  # as most are
+    if text.isdecimal():  # as most are
         return number(text)
     cleaned, items = clean(text), []
     try:
         for variant in dict.fromkeys(cleaned.translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+")):
-            node = unordered(Reader(tokens(variant)).items(("",)))
+            node = unordered(Reader(tokens(variant)).items(END))
             items += [item for item in (node.parts if node.kind == "set" else [node]) if item not in items]
         node = unordered(items)
         if same(node, node):  # not so for what is undefined
             return node
         raise ValueError("undefined")
     except (ValueError, ArithmeticError) as error:
-        words = re.findall(r"\\?[A-Za-z]+|\d+|[^\s\".,]", re.sub(r"\{(\w)\}", r"\1", cleaned))
+        words = re.findall(r"\\?[A-Za-z]+|\d+|[^\s\".,]", cleaned)
         letters = {word for word in words if word[-1].isalpha()} - {r"\frac", r"\binom", r"\sqrt", r"\abs"}
         if not letters or len(re.findall(r"[(\[{]", cleaned)) != len(re.findall(r"[)\]}]", cleaned)):
             return Node("unreadable", (str(error),))
         text = " ".join(word.lower() if len(word) > 1 else word for word in words)
-        return Node("text", (re.sub("^(?:an?|the) (?=.)", "", text).strip("{} "),))  # an article says nothing
+        return Node("text", (re.sub("^(?:an?|the) ", "", text).strip("{} "),))  # an article says nothing
 
 
 # ----------------------------------------------------------------------------------------- judging: equality of meaning
@@ -601,16 +552,15 @@ def same(a: Node, b: Node) -> bool:
     """Whether two nodes mean the same, with the licences of what a question sets and an answer may leave out.
 
     - A name, x = 5 or f(2) = 5 or (x,y) = (3,4): x = 5 says 5, but not y = 5. Equations may be multiples of each other.
-    - A unit: 5 cm says 5, but neither 5 m nor 5 cm².
+    - A unit: 5 cm says 5, but neither 5 m nor 5 cm². A base is one: 52_8 says 52, and not its value, 42.
     """
     if a.kind == b.kind == "=":
         (x, left), (y, right) = a.parts, b.parts
         if same(x, y):
             return same(left, right)
         a, b = [formula("-", *node.parts) for node in (a, b)]
-        ratio, points = formula("/", a, b), len(a.values)
-        x, y = [Node("number", (), node.values[-1:] * points) for node in (a, ratio)]  # as if constant
-        return equal(ratio, y) and not equal(a, x)
+        constant = lambda node: equal(node, node._replace(values=node.values[-1:] * len(node.values)))
+        return constant(formula("/", a, b)) and not constant(a)
     if "=" in (a.kind, b.kind):
         named, other = (a, b) if a.kind == "=" else (b, a)
         return is_name(named.parts[0]) and same(named.parts[1], other)
@@ -635,7 +585,6 @@ def equal(a: Node, b: Node) -> bool:
 
     - A decimal of six or more significant digits, rounded or cut, equals what is no decimal: 0.333333 = 1/3.
     - p% equals p/100 and also, where p > 1, a bare p ("what percentage …?"). A bare p ≤ 1 is rather a fraction.
-    - 52_8 equals a bare 52, and not its value 42: else a task of conversion would have its question for an answer.
     - 3:4 says 3/4. (But 3:10 and 6:20 may be times of a day.)
     - A variable is compared at positive and at complex values near them, where √(ab) = √a√b; but |x − 1| is not x − 1.
     """
@@ -644,8 +593,7 @@ def equal(a: Node, b: Node) -> bool:
         decimal = one.kind == "decimal" != other.kind and abs(one.parts[0]) >= 10 ** 5 * one.parts[1]
         if percent and same(one.parts[0], other) or decimal and rounds(one, other):
             return True
-    if a.kind == b.kind == "base" or a.kind == b.kind == ":" and all(
-            node.parts[1].parts[0] in range(10, 60) for node in (a, b)):
+    if a.kind == b.kind == ":" and all(node.parts[1].parts[0] in range(10, 60) for node in (a, b)):
         return a.parts == b.parts
     pairs = [(*x, *y) for x, y in zip(a.values, b.values) if x and y]
     return len(pairs) >= 3 and all(
@@ -659,14 +607,12 @@ def rounds(shown: Node, exact: Node) -> bool:
         return False
     (digits, last), x = shown.parts, exact.values[0][0]
     off = (Fraction(x.real) - digits) * (1 if digits > 0 else -1) / last
-    return -0.5 <= off < 0.999999 and (not x.imag or abs(x.imag) <= 1e-12 * abs(x))
+    return -0.5 <= off < 0.999999 and abs(x.imag) <= 1e-12 * abs(x)
 
 
 # Formulas are equal if they agree at all points at which both have a value that tells something. A value is a pair: the
-# number, and a bound of its rounding error, 0 for rational numbers, which must agree exactly. A point is an even, odd
-# or any integer, a fraction with this power of 2 below, or a complex number.
-POINTS = [range(2, 9, 2), 10, None, range(3, 10, 2), 3, 15, None, range(10, 41), 7, range(100, 1000), 13, 5, 1, 17]
-EPSILON, MAX_BITS = 2.0 ** -52, 2 ** 16  # of doubles; of a numerator, and an eighth of them of a denominator
+# number, and a bound of its rounding error, 0 for rational numbers, which must agree exactly.
+POINTS, EPSILON, MAX_BITS = 9, 2.0 ** -52, 2 ** 16  # MAX_BITS of a numerator, an eighth of them of a denominator
 
 
 @lru_cache(maxsize=4096)
@@ -675,39 +621,32 @@ def symbol(name: str) -> Node:
     if name.endswith("infinity"):
         return Node("infinity", (name,))
     if name in CONSTANTS:
-        return Node("constant", (name,), ((CONSTANTS[name], 4 * EPSILON),) * len(POINTS))
-    rng, values = random.Random(name), []
-    for point in POINTS:
-        if point is None:
-            x = cmath.rect(rng.uniform(0.6, 1.6), rng.uniform(0.2, 0.5) * rng.choice((1, -1)))
-        elif isinstance(point, range):
-            x = Fraction(rng.choice(point))
-        else:
-            x = Fraction(rng.randrange(33, 64, 2), 2 ** point)
-        values.append((x, 0.0 if point else 2 * EPSILON))
-    return Node("name", (name,), tuple(values))
+        return Node("constant", (name,), ((CONSTANTS[name], 4 * EPSILON),) * POINTS)
+    rng = random.Random(name)
+    rational = [Fraction(rng.choice(points)) for points in (range(2, 9, 2), range(3, 10, 2), range(10, 41))]
+    rational += [Fraction(rng.randrange(33, 64, 2), 2 ** n) for n in (7, 9, 11, 14)]
+    turned = [cmath.rect(rng.uniform(0.6, 1.6), rng.uniform(0.2, 0.5) * rng.choice((1, -1))) for _ in range(2)]
+    return Node("name", (name,), (*[(x, 0.0) for x in rational], *[(x, 2 * EPSILON) for x in turned]))
 
 
 def formula(name: str, *parts: Node) -> Node:
     """An operation on formulas, and its values; None where it has none, as with a list within a formula."""
-    found, before, y = [], None, None
+    found = []
     for known in zip(*(part.values for part in parts)):
         try:
-            if known != before:  # what is constant is worked out once
-                y = value(name, known) if all(known) else None
+            found.append(value(name, known) if all(known) else None)
         except (ValueError, ArithmeticError, KeyError):
-            y = None
-        found.append(y)
-        before = known
+            found.append(None)
     return Node(name, parts, tuple(found) or (None,))
 
 
+@lru_cache(maxsize=4096)
 def value(name: str, known: tuple) -> tuple:
     """The number that an operation makes of others, and a bound of its rounding error."""
     xs, operate = [x for x, _ in known], OPERATIONS[name]
     y = operate(*xs)
     if isinstance(y, Fraction):
-        if bits(y) > MAX_BITS:
+        if abs(y.numerator) >> MAX_BITS or y.denominator >> MAX_BITS // 8:
             raise OverflowError("too large")
         return y, 0.0
     if not cmath.isfinite(y) or abs(y) < 1e-300 and all(xs) and name in ("*", "/", "^", r"\exp"):
@@ -720,18 +659,16 @@ def value(name: str, known: tuple) -> tuple:
         effects += [slope * abs(x)] if 16 * error < abs(x) else []
     if (name in "+-" or name in FUNCTIONS) and effects and min(effects) < 2 ** 23 * total:
         raise ValueError("an argument is lost in the rounding, as e^{-200t} beside 1 or 30 in tanh 30")
-    return complex(y), total
-
-
-def bits(x: Fraction) -> int:
-    return max(abs(x.numerator).bit_length() - 1, 8 * (x.denominator.bit_length() - 1))
+    return complex(y), total or 1e-300  # not 0, as if it were rational
 
 
 def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     """x^y, exact for an integer exponent; the real root for an odd root of a negative number."""
     exact = isinstance(x, Fraction) and isinstance(y, Fraction)
-    if exact and y.denominator == 1 and bits(x) * abs(y) <= MAX_BITS:
-        return x ** int(y)
+    if exact and y.denominator == 1:
+        bits = max(abs(x.numerator), x.denominator).bit_length() - 1
+        if bits * abs(y) <= MAX_BITS:
+            return x ** int(y)
     if exact and x < 0 and y.denominator % 2:
         return (-1) ** y.numerator * complex(-x) ** complex(y)
     return complex(x) ** complex(y)

@@ -45,7 +45,7 @@ EXTRACTED = [
     ("We find that x is not 3.", None, "what is denied is no answer"),
     ("Then x = 5\nSo there are 12 apples.", "12 apples", "end of the last line"),
     (r"We get $x = \frac{3}{4}$.", r"$x = \frac{3}{4}$", "last formula of the last line"),
-    ("about 3/4 of them", "3/4 of them", "a fraction"),
+    ("about 3/4 of them", "3/4 of them", "a fraction"), ("She has 3. So it makes 12.", "12", "the last sentence"),
 ]
 
 
@@ -90,7 +90,7 @@ RIGHT = [
     (r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}", r"\begin{bmatrix}-\frac13\\2\\\end{bmatrix}", "a matrix"),
     ("(1-x)^{20}", "(x-1)^20", "a high power"), (r"\frac{11+9a}{20}", "0.55+0.45a", "decimal coefficients"),
     ("|x-1|", "|1-x|", "absolute value"), (r"\text{(C)}", "C", "a choice in LaTeX"), (r"\text{even}", "even", "a word"),
-    (r"\textbf{(C)}\ 12", "12", "the value behind a choice"), ("Navin", r"\text{navin}", "a name in any case"),
+    ("Navin", r"\text{navin}", "a name in any case"),
     ("No solution", "no solution.", "words"), ("52", "52_8", "the base may go unsaid"), ("**7**", "7", "bold left on"),
     (r"\text{below}", "below", "a word in alphabetical order is still that word"), (r"\boxed{7}", "7", "a box left on"),
     ("4210_5", "4210_{5}", "a base in braces"), ("2^{2024}", "4^{1012}", "a large power, exactly"),
@@ -210,15 +210,15 @@ def test_reward_is_one_or_zero():
 # --- Cost and safety --------------------------------------------------------------------------------------------------
 BOMBS = [
     ("9**9**9", "a tower"), ("10^{10^{10}}", "a tower in LaTeX"), ("1e99999", "an exponent"), ("(" * 400, "brackets"),
-    ("4000!" * 90, "factorials"), (r"\binom{999}{499}+" * 25 + "1", "binomials"), ("[(" * 200, "two kinds of brackets"),
-    ("9^{600}*" * 60 + "1", "a product of powers"), ("1/9^{99}+" * 50 + "1", "a sum of fractions"), ("|" * 400, "bars"),
+    ("4000!" * 90, "factorials"), (r"\binom{999}{499}+" * 24 + "1", "binomials"), ("[(" * 200, "two kinds of brackets"),
+    ("9^{600}*" * 33 + "1", "a product of powers"), ("1/9^{99}+" * 24 + "1", "a sum of fractions"), ("|" * 400, "bars"),
     (r"\frac" * 10_000, "fractions nested 10,000 deep"), (r"\frac{" * 80 + "1", "fractions nested within the length"),
     ("2^" * 240 + "2", "exponents"), (r"\sin" * 120 + "x", "functions"), ("-" * 480 + "5", "signs"),
     ("$" * 9_000, "dollars"), (r"\(" * 5_000, "opened formulas"), ("5!" + "!" * 300, "factorials of factorials"),
     ("1" * 100_000, "100 kB of digits"), ("{" * 100_000, "100 kB of braces"), ("#### " * 20_000, "100 kB of marks"),
     (r"\boxed{" * 14_000, "100 kB of unclosed boxes"), ("answer is " * 10_000, "100 kB of statements"),
     ("5," * 50_000, "100 kB of list"), ("1," * 249 + "1", "a list"), (",".join(map(str, range(32))), "the longest set"),
-    ("x/y/" * 120 + "z", "a long quotient"), ("(x+1)^{300}*" * 35 + "1", "a product of polynomials"),
+    ("x/y/" * 49 + "z", "a long quotient"), ("(x+1)^{300}*" * 19 + "1", "a product of polynomials"),
     ("x=1," * 31 + "y=2", "a list of equations"), ("1=" * 200 + "1", "a chain of equations"),
     ("\x00\x1b[2J\u202e", "control characters"), ("1+" * 249 + "1", "a sum"), ('"' * 400, "quotes"),
 ]
@@ -243,7 +243,7 @@ LIMITS = [
     ("1000!", "1001!", "factorials"), (r"\binom{1000}{2}", r"\binom{1001}{2}", "binomials"),
     (",".join("1" * 32), ",".join("1" * 33), "items of a set"),
     ("(" * 23 + "1" + ")" * 23, "(" * 24 + "1" + ")" * 24, "nesting"),
-    ("9^{9000}*9^{9000}", "9^{15000}*9^{15000}", "size of a product"),
+    ("9^{9000}*9^{9000}", "9^{15000}*9^{15000}", "size of a product"), ("1+" * 99 + "1", "1+" * 100 + "1", "signs"),
 ]
 
 
@@ -449,13 +449,13 @@ MISTAKES = [
     (given(source="chain", operands=1, count=50), "room for 1 to 11", "more chains than there are"),
     (given(source="chain", split="all", count=5), "unknown split 'all'", "chains have no whole"),
     (given(source="gsm8k", count=99), "has 8", "more problems than there are"),
-    (given(source="gsm8k", count=0), "cannot take 0", "no problems"), (given(lines=[]), "is empty", "an empty file"),
+    (given(source="gsm8k", count=0), "cannot take 0", "no problems"), (given(lines=[]), "has 0", "an empty file"),
     (given(source="missing.jsonl"), "no such file: missing.jsonl", "a missing file"),
     (given(source="missing.parquet"), "no such file: missing.parquet", "a missing parquet file"),
-    (given(lines=[json.dumps(GOOD), '{"question": ']), "line 2: not JSON", "a broken line"),
-    (given(lines=[json.dumps(GOOD), "", "[1]"]), "line 3: not a problem", "a line that is no object"),
-    (given(lines=[b"\xff\xfe{"]), "line 1: not JSON", "not a text"),
-    (given(lines=["[" * 100_000]), "line 1: not JSON", "nested too deeply"),
+    (given(lines=[json.dumps(GOOD), '{"question": ']), 'line 2: no {"question"', "a broken line"),
+    (given(lines=[json.dumps(GOOD), "", "[1]"]), 'line 3: no {"question"', "a line that is no object"),
+    (given(lines=[b"\xff\xfe{"]), 'line 1: no {"question"', "not a text"),
+    (given(lines=["[" * 100_000]), 'line 1: no {"question"', "nested too deeply"),
     (given(lines=['{"text": "q", "answer": "1"}']), "no field 'question'; it has text, answer", "no question"),
     (given(lines=['{"question": "q"}']), "no field 'answer'; it has question", "no answer"),
     (given(lines=[json.dumps(GOOD)], answer_field="gold"), "no field 'gold'; it has question, answer", "no field"),
