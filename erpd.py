@@ -89,7 +89,7 @@ class Config:
 
     signal: str = option("contrast", "δ_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
     distill_updates: int = option(256, "updates of the distiller, in passes over the stored batch", 250)
-    distill_lr: float = option(3e-4, "its learning rate", 1e-6)
+    distill_lr: float = option(4e-4, "its learning rate, falling to half of it", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
     distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of δ_t")
@@ -386,8 +386,8 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 
     KL_t is exact over the vocabulary. λ follows by dual ascent: it rises while the policy's estimated on-policy KL is
     above the budget, and falls below. The outcome Â is not mixed in: what the student gains is the teachers'. The
-    student is the mean of the weights over the second half of the updates (Polyak and Ruppert): what single updates
-    add is noise, and noise costs KL.
+    student is the mean of its weights over the second half of the updates (Polyak and Ruppert), while the learning
+    rate falls to half: what single updates add is noise, and noise costs KL.
     """
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
@@ -405,6 +405,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     stage, count = "student on its way", config.distill_updates
     for rows, done, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
                                    dual):
+        optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - done / 2)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         parts = gathered([part.cpu() for part in seen])
         longest = max(part.shape[2] for part in parts)
