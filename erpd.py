@@ -70,10 +70,10 @@ class Config:
     max_new_tokens: int = option(64, "longest completion, tokens", 32768)
     temperature: float = option(1.0, "sampling temperature; every log-prob is taken at it")
     rounds: int = option(4, "rounds; each starts from the last one's student, with new problems", 6)
-    test_problems: int = option(256, "held-out problems of the evaluations")
+    test_problems: int = option(128, "held-out problems of the evaluations")
     test_samples: int = option(8, "completions a held-out problem in the final table: accuracy is avg@k")
     curve_samples: int = option(1, "the same for the checkpoints on the way; 0 leaves them out", zero=True)
-    limit_samples: int = option(32, "the same for the base, whose pass rates give the limit in the figure", zero=True)
+    limit_samples: int = option(16, "the same for the base, whose pass rates give the limit in the figure", zero=True)
 
     loss: str = option("sapo", f"the explorer's: one of {', '.join(LOSSES)}; several teachers as sapo:1,nll:0.5", "mse")
     explore_updates: int = option(128, "updates of the explorer, in passes over the stored batch")
@@ -85,10 +85,10 @@ class Config:
     clip_high: float = option(0.28, "ε_high of the same", zero=True)
     kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) term added to the explorer's loss", zero=True)
     unlearn_loss: str = option("mse", "the unlearned policy's loss, with reversed targets", "mse")
-    unlearn_updates: int = option(64, "updates of the unlearned policy, in batches like the explorer's")
+    unlearn_updates: int = option(32, "updates of the unlearned policy, in batches like the explorer's")
 
     signal: str = option("contrast", "δ_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
-    distill_updates: int = option(256, "updates of the distiller, in passes over the stored batch", 250)
+    distill_updates: int = option(128, "updates of the distiller, in passes over the stored batch", 250)
     distill_lr: float = option(4e-4, "its learning rate, falling to half of it", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
     distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
@@ -113,7 +113,8 @@ class Config:
             if isinstance(value, (int, float)) and not (0 < value < 2**31 or value == 0 and f.metadata["zero"]):
                 least = "of at least" if f.metadata["zero"] else "above"
                 raise InputError(f"{name} {value!r} is out of range: it must be a number {least} 0 and below 2**31")
-        if any(loss not in LOSSES or math.isnan(weight) for loss, weight in self.teachers):
+        teacher = rf"({'|'.join(LOSSES)})(:-?\d+(\.\d+)?)?"
+        if not re.fullmatch(f"{teacher}(,{teacher})*", self.loss):
             raise InputError(f"--loss {self.loss!r} is unknown: name some of {', '.join(LOSSES)}, as in sapo:1,nll:0.5")
         if len(self.teachers) == 1 and ":" in self.loss:
             raise InputError(f"--loss {self.loss!r}: weights are relative to one another, and one teacher needs none")
@@ -127,10 +128,9 @@ class Config:
 
     @property
     def teachers(self) -> list[tuple[str, float]]:
-        """(loss, weight) of every teacher named in `loss`; a weight that is no number is NaN."""
+        """(loss, weight) of every teacher named in `loss`."""
         parts = [part.partition(":") for part in self.loss.split(",")]
-        return [(loss, float(weight if re.fullmatch(r"-?\d+(\.\d+)?", weight) else "nan" if colon else 1))
-                for loss, colon, weight in parts]
+        return [(loss, float(weight or 1)) for loss, _, weight in parts]
 
     @property
     def sampling(self) -> dict:

@@ -117,14 +117,22 @@ def test_an_update_does_not_depend_on_the_micro_batch(stage, what):
         assert close.float().mean() > 0.98
 
 
-def test_the_distillers_rate_falls_to_zero_over_its_run_and_no_further(stage, monkeypatch):
-    """A schedule that starts again with every pass, ends early, or goes on below zero."""
+def test_student_is_the_mean_of_its_weights_over_the_second_half(stage, monkeypatch):
+    """A mean that takes in the start, or the last update alone; a schedule that begins again with every pass."""
     base, _, _, rollouts = stage
-    rates, update = [], erpd.optimise
-    monkeypatch.setattr(erpd, "optimise", lambda model, optimizer, *a: rates.append(optimizer.param_groups[0]["lr"])
-                        or update(model, optimizer, *a))
-    erpd.distill(base, rollouts, rollouts.mask, 1.0, Config(**SMALL | {"distill_updates": 4}, distill_lr=1e-3))
-    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    rates, after, update = [], [], erpd.optimise
+
+    def watched(model, optimizer, *more):
+        rates.append(optimizer.param_groups[0]["lr"])
+        shown = update(model, optimizer, *more)
+        after.append(weights(model))
+        return shown
+
+    monkeypatch.setattr(erpd, "optimise", watched)
+    config = Config(**SMALL | {"distill_updates": 4}, distill_lr=1e-3)
+    student = erpd.distill(base, rollouts, rollouts.mask, 1.0, config)
+    assert rates == pytest.approx([1e-3, 0.875e-3, 0.75e-3, 0.625e-3])
+    torch.testing.assert_close(weights(student), (after[2] + after[3]) / 2)
 
 
 def test_checkpointing_changes_no_update(stage):
