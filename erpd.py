@@ -462,11 +462,11 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
     """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `memory` takes batch and signal."""
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, memory)
 
-    def drifted(name: str, rollouts: Rollouts, advantage: Tensor, loss: str, updates: int) -> Tensor:
+    def drifted(name: str, rollouts: Rollouts, advantage: Tensor, loss: str, updates: int, watch_way=watch) -> Tensor:
         """log π(y_t|s_t) [B, T] of a policy explored until it drifts, which is dropped once it has scored the batch."""
         def work() -> Tensor:
             model = explore(base, rollouts, advantage, config, loss=loss, updates=updates, seed=seed, desc=name,
-                            watch=watch, memory=memory)
+                            watch=watch_way, memory=memory)
             watch(name, model)
             scores = score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
             if not scores.isfinite().all():
@@ -479,7 +479,7 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
     log_unlearned, log_teachers = None, [None]
     if config.signal != "teacher":  # the targets reversed: Â → −Â, r → 1 − r
         log_unlearned = drifted("unlearned policy", replace(rollouts, rewards=1 - rollouts.rewards), -advantage,
-                                config.unlearn_loss, config.unlearn_updates)
+                                config.unlearn_loss, config.unlearn_updates, watch_way=unwatched)
     if config.signal != "unlearned":
         log_teachers = [drifted(f"extreme region policy ({loss})", rollouts, advantage, loss, config.explore_updates)
                         for loss, _ in config.teachers]
