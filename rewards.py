@@ -271,9 +271,10 @@ COMMANDS = invert({  # of LaTeX: the many spellings of one sign, and what only c
     r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", '"ohm': "Omega", " ": ", ! ; : >"}) | {" ": " "}
 WORDS = invert({"π": "pi", "infinity": "infinity", "°": "degrees degree", "%": "percent", ",": "or and", "/": "per"})
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-UNITS = invert({"g": "gram", "kg": "kilogram", "mi": "mile",  # without the s of the plural
-    "cm": "cm centimeter", "m": "meter", "km": "km kilometer", "in": "in inch inche", "ft": "ft foot feet",
-    "h": "hour hr", "min": "minute", "s": "second", "dollar": "USD", "mi / h": "mph"})
+UNITS = invert({  # without the s of the plural
+    "g": "gram", "kg": "kilogram", "oz": "oz ounce", "lb": "pound", "l": "liter", "mi": "mile", "yd": "yard",
+    "mm": "millimeter", "cm": "cm centimeter", "m": "meter", "km": "km kilometer", "in": "in inch inche",
+    "ft": "ft foot feet", "h": "hour hr", "min": "minute", "s": "second", "dollar": "USD", "mi / h": "mph"})
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
 MODIFIERS = {*MULTIPLES, *(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
@@ -665,10 +666,9 @@ def value(name: str, known: tuple) -> tuple:
 def power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     """x^y, exact for an integer exponent; the real root for an odd root of a negative number."""
     exact = isinstance(x, Fraction) and isinstance(y, Fraction)
-    if exact and y.denominator == 1:
-        bits = max(abs(x.numerator), x.denominator).bit_length() - 1
-        if bits * abs(y) <= MAX_BITS:
-            return x ** int(y)
+    bits = max(abs(x.numerator), x.denominator).bit_length() - 1 if exact else 0
+    if exact and y.denominator == 1 and bits * abs(y) <= MAX_BITS:
+        return x ** int(y)
     if exact and x < 0 and y.denominator % 2:
         return (-1) ** y.numerator * complex(-x) ** complex(y)
     return complex(x) ** complex(y)
