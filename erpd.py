@@ -391,34 +391,34 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     """
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
-    dual, seen = {"multiplier": 1.0, "coefficient": 1.0, "averaged": 0, "mean": {}}, []
+    state, seen = {"multiplier": 1.0, "coefficient": 1.0, "averaged": 0, "mean": {}}, []
 
     def objective(policy, part, advantage, tokens, completions):
         log_ratio = policy.log_prob - part.log_probs
         # At ε = 1 a wanted token is pushed up to ρ = 2. For an unwanted one the clip never closes, since ρ > 0 = 1 − ε:
         # there KL alone restrains.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
-        value = kl.masked_mean(dual["coefficient"] * policy.kl - surrogate, part.mask, tokens)
+        value = kl.masked_mean(state["coefficient"] * policy.kl - surrogate, part.mask, tokens)
         seen.append(torch.stack([policy.kl.detach(), log_ratio.detach(), part.mask]))
         return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
     stage, count = "student on its way", config.distill_updates
     for rows, done, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
-                                   dual):
+                                   state):
         optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - done / 2)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         parts = gathered([part.cpu() for part in seen])
         longest = max(part.shape[2] for part in parts)
         spent = kl.on_policy_kl(*torch.cat([F.pad(part, (0, longest - part.shape[2])) for part in parts], 1)).item()
-        dual["multiplier"], dual["coefficient"] = kl.dual_ascent(dual["multiplier"], spent, budget)
-        show(numbers | {"kl": spent, "lambda": dual["coefficient"]})
+        state["multiplier"], state["coefficient"] = kl.dual_ascent(state["multiplier"], spent, budget)
+        show(numbers | {"kl": spent, "lambda": state["coefficient"]})
         seen.clear()
         if done + 1 / count > 0.5:
-            dual["averaged"] += 1
+            state["averaged"] += 1
             for name, weight in model.named_parameters():
-                mean = dual["mean"].get(name, weight.detach()).to(weight.device)
-                dual["mean"][name] = mean.lerp(weight.detach(), 1 / dual["averaged"])
-    model.load_state_dict(dual["mean"], strict=False)  # buffers, such as a mask, are not trained
+                mean = state["mean"].get(name, weight.detach()).to(weight.device)
+                state["mean"][name] = mean.lerp(weight.detach(), 1 / state["averaged"])
+    model.load_state_dict(state["mean"], strict=False)  # buffers, such as a mask, are not trained
     return model
 
 
