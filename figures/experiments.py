@@ -297,7 +297,7 @@ class Bench:
         size, config = self.config.problems, replace(self.config, kl_budget="auto", **settings)
         for k in range(count):
             base = one(base, self.tokenizer, problems[k * size:(k + 1) * size], config, seed=self.seed + k,
-                       watch=lambda *_, **about: told.update(about))
+                       watch=lambda *_, **about: told.update(about), others=problems[(k + 1) * size:])
             self.measure(base, method=method, path=method, at=k + 1, budget=told["kl_budget"],
                          rollouts=before + (k + 1) * size * config.group)
 
@@ -310,20 +310,20 @@ class Bench:
                     before=best["rollouts"])
 
 
-def round_with(share: float, base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable):
+def round_with(share: float, base, tokenizer, problems, config: erpd.Config, *, seed: int, **more):
     """A round whose budget closes another share of the gap to 1."""
     rollouts, _ = erpd.stored_batch(base, tokenizer, problems, config, seed)
     budget = kl.budget_from_limit(rollouts.rewards.view(-1, config.group).sum(1), config.group, share)
-    return erpd.one_round(base, tokenizer, problems, replace(config, kl_budget=budget), seed=seed, watch=watch)
+    return erpd.one_round(base, tokenizer, problems, replace(config, kl_budget=budget), seed=seed, **more)
 
 
-def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable):
+def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable, others):
     """Expert iteration: cross-entropy on the right completions, its weights moved back to the same budget."""
     rollouts, advantage = erpd.stored_batch(base, tokenizer, problems, config, seed)
     updates = 3 * config.explore_updates // 2
     model = erpd.explore(base, rollouts, advantage, config, loss="nll", updates=updates, seed=seed)
     budget = erpd.round_budget(rollouts, config)
-    model, spent = erpd.within_budget(base, model, tokenizer, problems, budget, config, seed)
+    model, spent = erpd.within_budget(base, model, tokenizer, others or problems, budget, config, seed)
     watch("expert iteration", model, kl_round=spent, kl_budget=budget)
     return model
 

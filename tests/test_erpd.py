@@ -287,6 +287,17 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert len(Rollouts.load(folder / "round-2" / "rollouts.pt")) == 64
 
 
+def test_spending_is_checked_on_the_problems_of_other_rounds(tmp_path, monkeypatch):
+    """On the problems that it was trained on a late round's student had spent 0.03 nats, and elsewhere 0.27."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(erpd, "within_budget", lambda base, student, _, some, *a: seen.append(some) or (student, 0.0))
+    config = Config(**SMALL | {"rounds": 3, "curve_samples": 0}, signal="unlearned")
+    erpd.run(config, tmp_path / "runs" / "checked")
+    problems, _ = erpd.problems_of(config)
+    assert seen == [problems[8:], problems[16:] + problems[:8], problems[:16]]
+
+
 def test_a_later_round_with_nothing_to_learn_ends_the_run_and_keeps_its_policy(tmp_path, monkeypatch, capsys):
     """Mistake: a policy that solves every new problem costs the user all rounds before."""
     monkeypatch.chdir(tmp_path)
