@@ -25,7 +25,7 @@ import json
 import math
 import os
 import re
-import signal
+import signal as os_signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -71,17 +71,17 @@ class Config:
     temperature: float = option(1.0, "sampling temperature; every log-prob is taken at it")
     rounds: int = option(4, "rounds; each starts from the last one's student, with new problems", 6)
     test_problems: int = option(128, "held-out problems of the evaluations")
-    test_samples: int = option(8, "completions a held-out problem in the final table: accuracy is avg@k")
+    test_samples: int = option(4, "completions a held-out problem in the final table: k of avg@k and pass@k")
     curve_samples: int = option(1, "the same for the checkpoints on the way; 0 leaves them out", zero=True)
     limit_samples: int = option(16, "the same for the base, whose pass rates give the limit in the figure", zero=True)
 
     loss: str = option("sapo", f"the explorer's: one of {', '.join(LOSSES)}; several teachers as sapo:1,nll:0.5", "mse")
-    explore_updates: int = option(128, "updates of the explorer, in passes over the stored batch")
-    explore_lr: float = option(3e-5, "its learning rate", 1e-6)
+    explore_updates: int = option(64, "updates of the explorer, in passes over the stored batch")
+    explore_lr: float = option(6e-5, "its learning rate", 1e-6)
     explore_batch: int = option(64, "completions an update, in whole groups", 256)
     advantage: str = option("std", "group advantage Â: std, mean (not divided), loo (leave one out)")
     beta: float = option(1.0, "scale β of the sequence log-ratio in ce and mse")
-    clip_low: float = option(0.2, "ε_low of the loss clip and of grpo", zero=True)
+    clip_low: float = option(0.2, "ε_low of the loss clip", zero=True)
     clip_high: float = option(0.28, "ε_high of the same", zero=True)
     kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) term added to the explorer's loss", zero=True)
     unlearn_loss: str = option("mse", "the unlearned policy's loss, with reversed targets", "mse")
@@ -113,6 +113,8 @@ class Config:
             if isinstance(value, (int, float)) and not (0 < value < 2**31 or value == 0 and f.metadata["zero"]):
                 least = "of at least" if f.metadata["zero"] else "above"
                 raise InputError(f"{name} {value!r} is out of range: it must be a number {least} 0 and below 2**31")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"--device {self.device!r} is unknown: give auto, cpu, cuda, or one card as cuda:1")
         teacher = rf"({'|'.join(LOSSES)})(:-?\d+(\.\d+)?)?"
         if not re.fullmatch(f"{teacher}(,{teacher})*", self.loss):
             raise InputError(f"--loss {self.loss!r} is unknown: name some of {', '.join(LOSSES)}, as in sapo:1,nll:0.5")
@@ -149,7 +151,8 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
     parser = Parser(prog="erpd.py", usage="python erpd.py [--option value …]", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings")
-    parser.add_argument("--paper", action="store_true", help="start from the paper's own settings, for a large GPU")
+    parser.add_argument("--paper", action="store_true", help="start from the paper's own settings; give your "
+                        "--sample-rows and --template beside them")
     papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None}
     for f in fields(Config):
         if f.name in SECTIONS:
@@ -161,8 +164,9 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
                              help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     if "resume" in given:
-        return resumed(Path(given.pop("resume")), sorted(name for name, value in given.items() if value))
-    config = Config(**(papers if given.pop("paper") else {}) | given)
+        return resumed(Path(given.pop("resume")), sorted(name for name, value in given.items() if value is not False))
+    start = papers if given.pop("paper") else {}
+    config = Config(**start | given)
     folder, model = Path("runs") / config.run, Path(config.model)
     if (model.is_dir() or config.model.count("/") > 1) and not (model / "config.json").is_file():
         raise InputError(f"--model {config.model!r} is no checkpoint folder: there is no {model / 'config.json'}")
@@ -219,13 +223,13 @@ from rollout import (Memory, Rollouts, added_up, autocast, by_tokens, collect, c
 # ----------------------------------------------------------------------------------------------------------- one update
 
 def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective: Callable, config: Config, stage: str,
-             reference=None) -> dict[str, Tensor]:
+             reference=None) -> dict:
     """One update of `model` on some of the stored completions, in micro-batches; returns numbers to show.
 
     advantage is [B, T], or [B, 1] for one that all tokens of a completion share. `objective(policy, part, advantage,
     tokens, completions)` gives the loss of a micro-batch and numbers to show, from the `policy`'s log-probs, entropy
-    and, with a `reference`, exact KL to it, [b, T] each. Where loss or gradient are not finite it raises
-    FloatingPointError(stage, model), and the model has its last finite weights.
+    and, with a `reference`, exact KL to it, [b, T] each. The gradient's norm is clipped at 1. Where loss or gradient
+    are not finite it raises FloatingPointError(stage, model), and the model has its last finite weights.
     """
     # Every micro-batch divides by the counts of the whole update: then their gradients add up to the update's.
     tokens, completions = int(rollouts.length.sum()), len(rollouts)
@@ -253,10 +257,11 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
 
 def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable,
            memory: Memory, more: dict) -> Iterator:
-    """(rows, share of the updates done before, what shows numbers) of each update, in passes over the stored batch.
+    """(rows, share of the updates done before, show) of each update, in passes over the stored batch; `show(numbers)`
+    puts them on the progress bar.
 
-    `watch` is called with update=… at checkpoints on the way. After every pass `memory` has all that the stage needs to
-    go on, and `more`.
+    `watch` is called with update=… at checkpoints on the way. At the end of a pass, now and then, `memory` takes all
+    that the stage needs to go on, and `more`.
     """
     generator = torch.Generator().manual_seed(seed)
     done = memory.stage(stage, model, optimizer, more)
@@ -276,8 +281,8 @@ def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: 
 
 
 def checkpoints(updates: int) -> set[int]:
-    """Where a stage is looked at on its way: after 1/16, 1/8, 1/4, 1/2 and all of its updates."""
-    return {updates >> k for k in range(5)}
+    """Where a stage is looked at on its way: after 1/16, 1/8, 1/4 and 1/2 of its updates."""
+    return {updates >> k for k in range(1, 5)}
 
 
 def unwatched(name: str, model, **about) -> None:
@@ -315,7 +320,8 @@ def explorer_loss(name: str, log_prob: Tensor, part: Rollouts, advantage: Tensor
 
 
 def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss: str, updates: int, seed: int = 0,
-            desc: str = "explorer", watch: Callable = unwatched, memory: Memory = Memory(), start: tuple | None = None):
+            stage: str = "explorer", watch: Callable = unwatched, memory: Memory = Memory(),
+            start: tuple | None = None):
     """Stage 1: many off-policy updates on the fixed batch, from π_0 = `base`; returns the policy they end in.
 
     advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs, which are π_0's. `start` is a (model,
@@ -327,14 +333,15 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
         value = explorer_loss(loss, policy.log_prob, part, advantage, tokens, completions, config)
         if config.kl_coef:
             value = value + config.kl_coef * kl.masked_mean(policy.kl, part.mask, tokens)
-        moved = kl.k3_off_policy(policy.log_prob.detach() - part.log_probs)
-        return value, {"kl": (moved * part.mask).sum() / completions,
+        log_ratio = policy.log_prob.detach() - part.log_probs
+        spent = kl.on_policy_kl(kl.k3_off_policy(log_ratio), log_ratio, part.mask)
+        return value, {"kl": spent * len(part) / completions,
                        "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
-    reference, size = base if config.kl_coef else None, config.explore_batch
-    for rows, _, show in passes(model, optimizer, rollouts, size, updates, seed, desc, watch, memory, {}):
-        some, its_advantage = rollouts.select(rows), advantage[rows, None]
-        show(optimise(model, optimizer, some, its_advantage, objective, config, desc, reference))
+    size, reference = config.explore_batch, base if config.kl_coef else None
+    for rows, _, show in passes(model, optimizer, rollouts, size, updates, seed, stage, watch, memory, {}):
+        show(optimise(model, optimizer, rollouts.select(rows), advantage[rows, None], objective, config, stage,
+                      reference))
     return model
 
 
@@ -351,9 +358,9 @@ def token_signal(kind: str, log_base: Tensor, log_teacher: Tensor | None, log_un
     completions gives increments of log P(right), one that learnt the wrong ones increments of −log P(wrong), their
     contrast increments of the log-odds. They add up to the completion's outcome: credit assignment without a critic.
     """
-    better = log_base if kind == "unlearned" else log_teacher
-    worse = log_base if kind == "teacher" else log_unlearned
-    if kind not in SIGNALS or better is None or worse is None:
+    better, worse = {"teacher": (log_teacher, log_base), "contrast": (log_teacher, log_unlearned),
+                     "unlearned": (log_base, log_unlearned)}.get(kind, (None, None))
+    if better is None or worse is None:
         raise ValueError(f"signal {kind!r} needs other log-probs than were given")
     return better - worse
 
@@ -384,8 +391,9 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 
         maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ)
 
-    KL_t is exact over the vocabulary. λ follows by dual ascent: it rises while the policy's estimated on-policy KL is
-    above the budget, and falls below. The outcome Â is not mixed in: what the student gains is the teachers'. The
+    KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ follows by dual ascent: it rises while the
+    KL on the policy's own prefixes, estimated from the same ones (kl.on_policy_kl), is above the budget, and falls
+    below. The outcome Â is not mixed in: what the student gains is the teachers'. The
     student is the mean of its weights over the second half of the updates (Polyak and Ruppert), while the learning
     rate falls to half: what single updates add is noise, and noise costs KL.
     """
@@ -403,9 +411,9 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
 
     stage, count = "student on its way", config.distill_updates
-    for rows, done, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
-                                   state):
-        optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - done / 2)
+    for rows, share, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
+                                    state):
+        optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - share / 2)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         parts = gathered([part.cpu() for part in seen])
         longest = max(part.shape[2] for part in parts)
@@ -413,7 +421,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         state["multiplier"], state["coefficient"] = kl.dual_ascent(state["multiplier"], spent, budget)
         show(numbers | {"kl": spent, "lambda": state["coefficient"]})
         seen.clear()
-        if done + 1 / count > 0.5:
+        if share + 1 / count > 0.5:
             state["averaged"] += 1
             for name, weight in model.named_parameters():
                 mean = state["mean"].get(name, weight.detach()).to(weight.device)
@@ -426,7 +434,7 @@ def within_budget(base, student, tokenizer, problems: Sequence[Problem], budget:
     """The student, moved back towards π_0 until its on-policy KL is within the budget; and that KL, nats a completion.
 
     The KL of a policy is known only from its own samples: a few fresh completions of at most 128 of the problems for
-    each trial. Their answers are not looked at.
+    each trial. Their rewards are not used.
     """
     def measure(alpha: float) -> float:
         policy = kl.interpolated(base, student, alpha)
@@ -466,13 +474,13 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
     """
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, memory)
 
-    def drifted(name: str, rollouts: Rollouts, advantage: Tensor, loss: str, updates: int, watch_way=watch) -> Tensor:
+    def drifted(name: str, batch: Rollouts, targets: Tensor, loss: str, updates: int, watch_way=watch) -> Tensor:
         """log π(y_t|s_t) [B, T] of a policy explored until it drifts, which is dropped once it has scored the batch."""
         def work() -> Tensor:
-            model = explore(base, rollouts, advantage, config, loss=loss, updates=updates, seed=seed, desc=name,
+            model = explore(base, batch, targets, config, loss=loss, updates=updates, seed=seed, stage=name,
                             watch=watch_way, memory=memory)
             watch(name, model)
-            scores = score(model, rollouts, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
+            scores = score(model, batch, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
             if not scores.isfinite().all():
                 raise InputError(f"the {name} gives a stored token no probability at all: fewer updates or a lower "
                                  "learning rate leave it something to say")
@@ -507,14 +515,15 @@ def direct(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed
     """A round of an explorer's loss by itself; returns the policy it ends in."""
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, memory)
     return explore(base, rollouts, advantage, config, loss=config.method, updates=config.explore_updates, seed=seed,
-                   desc=config.method, watch=watch, memory=memory)
+                   stage=config.method, watch=watch, memory=memory)
 
 
 def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
          memory: Memory = Memory()):
     """On-policy GRPO (2402.03300): `explore` with the clip loss, on fresh samples at every update; nothing is stored.
 
-    It sees every problem once, like a run of ERPD, so that both spend as many rollouts.
+    It sees every problem once, like a run of ERPD, so that both spend as many rollouts. With one update a sample every
+    ρ_t is 1: the clip has nothing to do, and this is the policy gradient with group advantages.
     """
     model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
     each, done = max(1, config.explore_batch // config.group), memory.stage("grpo", model, optimizer, {})
@@ -525,7 +534,7 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: 
                            **config.sampling)
         advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
         explore(base, rollouts, advantage, config, loss="clip", updates=1, seed=update, start=(model, optimizer),
-                desc=f"grpo, {rollouts.rewards.mean():.1%} right")
+                stage=f"grpo, {rollouts.rewards.mean():.1%} right")
         if update in checkpoints(len(starts)):
             watch("grpo", model, update=update)
         if update % 16 == 0:
@@ -538,15 +547,15 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: 
 def run(config: Config, folder: Path) -> list[dict]:
     """Rounds of ERPD, or a direct method. Writes `folder` as it goes and returns the rows of its metrics.jsonl.
 
-    A run that was stopped goes on in its folder from the last pass over the batch, and ends as if it had not been.
+    A run that was stopped goes on in its folder from the last state written, and ends as if it had not been.
     """
     settings = json.dumps(asdict(config), indent=2) + "\n"
     memory = Memory(folder, settings)
     rows, done = memory.get("rows") or [], memory.get("policy") or {"round": 0}
     problems, held_out = problems_of(config)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    base, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
-    base.requires_grad_(False)
+    first, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
+    first.requires_grad_(False)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(settings)
@@ -559,21 +568,22 @@ def run(config: Config, folder: Path) -> list[dict]:
         """Evaluate a policy, on its way with fewer samples. Its row is on disk at once, and not measured again."""
         samples, this = config.curve_samples if "update" in about else samples, (name, round, about.get("update"))
         if samples and not any(this == (row["policy"], row["round"], row.get("update")) for row in rows):
-            numbers = evaluate(model, base, tokenizer, held_out, samples, seed=config.seed, desc=name,
+            pass_k = min(samples, config.test_samples)
+            numbers = evaluate(model, first, tokenizer, held_out, samples, seed=config.seed, desc=name, pass_k=pass_k,
                                tokens_per_step=config.tokens_per_step, **config.sampling)
-            rows.append({"policy": name, "round": round, **about, **numbers})
+            rows.append({"policy": name, "round": round, **about, "pass_k": pass_k, **numbers})
             memory.put("rows", rows)
             write_rows()
             tqdm.write(table(rows[-1:], header=len(rows) == 1))
 
-    policy, size = base, len(problems) if config.method == "grpo" else config.problems
+    policy, size = first, len(problems) if config.method == "grpo" else config.problems
     if done["round"]:
-        policy, _ = trainable(base, 1.0)
+        policy, _ = trainable(first, 1.0)
         policy.load_state_dict(done["weights"])
         policy.requires_grad_(False)
     try:
-        with autocast(config.precision, base.device):
-            watch(1, "base", base, max(config.test_samples, config.limit_samples))
+        with autocast(config.precision, first.device):
+            watch(1, "base", first, max(config.test_samples, config.limit_samples))
             for k in range(done["round"] + 1, len(problems) // size + 1):
                 here, others = memory.inside(f"round-{k}"), problems[k * size:] + problems[:(k - 1) * size]
                 one = {"erpd": partial(one_round, others=others), "grpo": grpo}.get(config.method, direct)
@@ -584,9 +594,9 @@ def run(config: Config, folder: Path) -> list[dict]:
                 memory.put("policy", {"round": k, "weights": policy.state_dict()})
                 here.keep("rollouts", "signal")
     except NothingToLearn as reason:
-        if policy is base:
+        if policy is first:
             raise
-        print(f"round {k} was not begun: {reason}", file=sys.stderr)
+        ended(f"round {k} was not begun: {reason}")
     except FloatingPointError as error:
         stage, model = error.args
         save_policy(model, tokenizer, folder / "last_finite")
@@ -614,7 +624,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that cannot be written
         return ended(f"{error}: what is in {folder} stays; once mended, --resume {folder} goes on")
     except KeyboardInterrupt:
-        return ended(f"stopped; python erpd.py --resume {folder} goes on from here", 130)
+        begun = folder and folder.exists()
+        return ended(f"stopped; python erpd.py --resume {folder} goes on from here" if begun else "stopped", 130)
     except RuntimeError as error:
         if ranks() == 1 or not re.search("peer|remote", str(error)):  # the words of gloo and NCCL
             raise
@@ -623,5 +634,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of a scheduler, or of torchrun: like Ctrl-C
+    os_signal.signal(os_signal.SIGTERM, os_signal.default_int_handler)  # of a scheduler, or of torchrun: like Ctrl-C
     sys.exit(main())

@@ -1,7 +1,8 @@
-"""Probabilities: token log-probs, entropy, KL divergences, the surrogates that move a policy, and the trust region.
+"""Probabilities: token log-probs, entropy, KL, sampling, the surrogates that move a policy, and the trust region.
 
-Everything here is a function over tensors. Shapes: B completions, T tokens, V vocabulary. A *completion mask* [B, T]
-is 1 on the tokens that the policy chose (its end-of-sequence token among them) and 0 after them. All KL is in nats.
+Nearly everything here is a function over tensors. Shapes: B completions, T tokens, V vocabulary. A *completion mask*
+[B, T] is 1 on the tokens that the policy chose, its end-of-sequence token among them, and 0 after them. All KL is in
+nats.
 
 Directions, once and for all: `exact_kl(p, q)` is KL(p‖q) = Σ_v p(v)·log(p(v)/q(v)). A policy's distance from its
 reference is KL(π_θ‖π_0): the expectation is under the policy that moved.
@@ -46,7 +47,8 @@ def entropy(log_probs: Tensor) -> Tensor:
 def exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p‖q) over the whole vocabulary, nats [...], from log-probs [..., V] of both.
 
-    No sampling noise, so it is what every figure shows. (F.kl_div takes its arguments the other way round.)
+    No noise from the choice of the next token: only the prefixes are sampled. It is what every figure shows. (F.kl_div
+    takes its arguments the other way round.)
     """
     return (log_p.exp() * log_ratio_of(log_p, log_q)).sum(-1)
 
@@ -73,7 +75,7 @@ def k3(log_prob: Tensor, reference: Tensor) -> Tensor:
 
 
 def k3_off_policy(log_ratio: Tensor) -> Tensor:
-    """ρ·log ρ − (ρ − 1), log ρ = log π_θ − log π_0: unbiased for KL(π_θ‖π_0) when y ~ π_0, never negative."""
+    """ρ·log ρ − (ρ − 1), log ρ = log π_θ − log π_0: unbiased for a token's KL(π_θ‖π_0) when π_0 sampled it, ≥ 0."""
     ratio = log_ratio.exp()
     return ratio * log_ratio - (ratio - 1)
 
@@ -101,7 +103,7 @@ def noise(seed: int, problem: int, group: int, steps: int) -> Tensor:
 
     They are drawn on the CPU, so that they are the same for every device.
     """
-    generator = torch.Generator("cpu").manual_seed(1_000_003 * seed + problem)
+    generator = torch.Generator("cpu").manual_seed((1_000_003 * seed + problem) % 2**63)
     return torch.rand(group, steps, generator=generator, device="cpu")
 
 
@@ -125,7 +127,7 @@ def masked_mean(values: Tensor, mask: Tensor, denominator: float | None = None) 
     gradient of the whole, however it was split. A mask of zeros gives 0, not NaN.
     """
     denominator = mask.sum().clamp(min=1) if denominator is None else max(1, denominator)
-    return torch.where(mask.bool(), values, 0.0).sum() / denominator
+    return torch.where(mask.bool(), values * mask, 0.0).sum() / denominator
 
 
 # ------------------------------------------------------------------------------------- surrogates, each to be maximised

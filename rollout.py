@@ -78,7 +78,7 @@ def save_policy(model, tokenizer, folder: str | Path) -> None:
 
 
 def trainable(base, lr: float, checkpointing: bool = False):
-    """(model, optimizer): a copy of a frozen policy to train; it stays in eval mode, so that dropout is off."""
+    """(model, optimizer): a copy of a policy to train; it stays in eval mode, so that dropout is off."""
     model = copy.deepcopy(base).requires_grad_(True)
     if checkpointing:  # transformers' own would need train mode
         for layer in model.modules():
@@ -128,12 +128,12 @@ class Rollouts:
     log_probs: Tensor  # [B, T] behaviour log-probs at the sampling temperature, 0 after the end
     rewards: Tensor  # [B] 1 right, 0 wrong
     groups: Tensor  # [B] index of the problem
-    text: Tensor | None = None  # [B] alike for rows alike in prompt and completion; found here, once, unless given
+    text_id: Tensor | None = None  # [B] equal where prompt and completion are; found here, once, unless given
 
     def __post_init__(self):
-        if self.text is None:
+        if self.text_id is None:
             rows = torch.cat([self.prompt_length[:, None], self.length[:, None], self.ids], 1)
-            self.text = torch.unique(rows, dim=0, return_inverse=True)[1]
+            self.text_id = torch.unique(rows, dim=0, return_inverse=True)[1]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -164,7 +164,7 @@ class Rollouts:
 
         A group repeats itself, a sure policy's most of all, and what copies cost is paid once.
         """
-        kinds, copy_of = self.text.unique(return_inverse=True)
+        kinds, copy_of = self.text_id.unique(return_inverse=True)
         first = torch.full_like(kinds, len(self))
         return first.scatter_reduce_(0, copy_of, torch.arange(len(self), device=kinds.device), "amin"), copy_of
 
@@ -201,17 +201,17 @@ def in_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> lis
     return [torch.isin(rollouts.groups, some).nonzero()[:, 0] for some in groups.split(each)]
 
 
-def by_tokens(rollouts: Rollouts, budget: int) -> list[Tensor]:
-    """Row indices in batches of like lengths, the longest first: at most `budget` tokens each, padding included, but
-    at least one row. Copies of a row share its batch and count once. Of several processes, each has its share.
+def by_tokens(rollouts: Rollouts, tokens_per_step: int) -> list[Tensor]:
+    """Row indices in batches of like lengths, the longest first: at most `tokens_per_step` each, padding included,
+    but at least one row. Copies of a row share its batch and count once. Of several processes, each has its share.
     """
     rows, copy_of = rollouts.distinct()
     order = rollouts.total_length[rows].argsort(descending=True, stable=True)
     lengths, batches, start = rollouts.total_length[rows[order]].tolist(), [], 0
     if ranks() > 1:
-        budget = min(budget, sum(lengths) // ranks())
+        tokens_per_step = min(tokens_per_step, sum(lengths) // ranks())
     while start < len(order):
-        end = start + max(1, budget // lengths[start])  # the first is the longest
+        end = start + max(1, tokens_per_step // lengths[start])  # the first is the longest
         batches.append(torch.isin(copy_of, order[start:end]).nonzero()[:, 0])
         start = end
     return batches[rank()::ranks()]
@@ -373,7 +373,7 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts[longest]) + max_new_tokens > context:
-        raise InputError(f"problem {longest} has a prompt of {len(prompts[longest])} tokens; with --max-new-tokens "
+        raise InputError(f"problem {longest + 1} has a prompt of {len(prompts[longest])} tokens; with --max-new-tokens "
                          f"{max_new_tokens} that is more than the model's context of {context}: shorten one of them")
     stop = stop_ids(model, tokenizer)
     pad_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -440,17 +440,17 @@ def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0,
     return {"kl": kl_sum / len(rollouts), "kl_token": kl_sum / tokens, "entropy": entropy_sum / tokens}
 
 
-def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: int, *, temperature: float = 1.0,
-             tokens_per_step: int = 8192, desc: str = "evaluating", **sampling) -> dict[str, float | list[float]]:
+def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: int, *, pass_k: int = 8,
+             temperature: float = 1.0, tokens_per_step: int = 8192, desc: str = "evaluating", **sampling) -> dict:
     """A policy's accuracy and its distance from `reference`, on fresh samples of its own.
 
-    accuracy: avg@k, the share of right completions, k = `samples`; pass: unbiased pass@k for k = min(8, samples), both
-    with 95 % intervals by bootstrap over problems. kl, kl_token: exact KL(π‖π_0) in nats a completion and a token;
-    entropy: nats a token; length: tokens a completion; pass_rates: the accuracy on each problem.
+    accuracy: avg@k, the share of right completions, k = `samples`; pass: unbiased pass@k, k = `pass_k`, or `samples`
+    where they are fewer; both with 95 % intervals by bootstrap over problems. kl, kl_token: exact KL(π‖π_0) in nats a
+    completion and a token; entropy: nats a token; length: tokens a completion; pass_rates: accuracy on each problem.
     """
     rollouts = collect(model, tokenizer, problems, samples, temperature=temperature, desc=desc, **sampling)
     rewards = rollouts.rewards.view(len(problems), samples)
-    solved = pass_at_k(rewards, min(8, samples))
+    solved = pass_at_k(rewards, min(pass_k, samples))
     return {
         "pass_rates": [round(rate, 4) for rate in rewards.mean(1).tolist()],
         "accuracy": rewards.mean().item(), "accuracy_interval": list(bootstrap_interval(rewards.mean(1))),
@@ -490,7 +490,7 @@ class Memory:
             print(f"{path} is damaged and is made again ({type(error).__name__})", file=sys.stderr)
             return None
         if of != self.of:
-            raise InputError(f"{path} is of a run with other settings or another version: start a new one with --run "
+            raise InputError(f"{path} is of a run with other settings: start a new one with --run "
                              "(figures/gsm8k.py: --folder)")
         return value
 

@@ -232,8 +232,9 @@ def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
 
 def config(seed: int, **more) -> erpd.Config:
     """64 problems × 16 completions, 16 updates a pass, of the embedded policy, unless said otherwise."""
-    settings = {"model": TINY_BASE, "explore_updates": 256, "unlearn_updates": 64, "distill_updates": 256,
-                "test_problems": 256, "curve_samples": 4, "limit_samples": 64}
+    settings = {"model": TINY_BASE, "explore_lr": 3e-5, "explore_updates": 256, "unlearn_updates": 64,
+                "distill_updates": 256, "test_problems": 256, "test_samples": 8, "curve_samples": 4,
+                "limit_samples": 64}
     return erpd.Config(**settings | more, seed=seed)
 
 

@@ -219,6 +219,7 @@ class Bench:
                 self.measure(model, method=method, path=f"lr {lr:g}", at=update, lr=lr, rollouts=rollouts)
 
         model = erpd.grpo(self.base, self.tokenizer, problems, config, seed=self.config.seed, watch=watch)
+        watch("grpo", model, steps)
         torch.save(model.state_dict(), self.folder / f"grpo-{lr:g}-{times}.pt")
 
     def unlearned(self, rollouts: rollout.Rollouts, advantage: Tensor):

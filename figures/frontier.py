@@ -22,14 +22,15 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 
 
 def table(rows: Sequence[dict], header: bool = True) -> str:
-    """Policies as lines: accuracy with its 95 % interval over problems, pass@8 from 8 samples on, KL to the first base;
-    of a student also the KL that its round spent and might have spent."""
-    lines = [f"{'round':5} {'policy':28} {'avg@k':>6}  {'95 % interval':15} {'k':>2} {'pass@8':>6} "
+    """Policies as lines: accuracy with its 95 % interval over problems, KL to the first base; of a policy at the end of
+    its stage also pass@k, of a student the KL that its round spent and might have spent."""
+    pass_at_k = f"pass@{rows[0]['pass_k']}"
+    lines = [f"{'round':5} {'policy':28} {'avg@k':>6}  {'95 % interval':15} {'k':>2} {pass_at_k:>6} "
              f"{'KL nats/completion':>18} {'of its budget':>13} {'entropy nats/token':>18}"] if header else []
     for row in rows:
         name = row["policy"] + (f", update {row['update']}" if "update" in row else "")
         low, high = row["accuracy_interval"]
-        solved = f"{row['pass']:.1%}" if row["samples"] >= 8 else "–"
+        solved = "–" if "update" in row else f"{row['pass']:.1%}"
         spent = f"{row['kl_round']:.2f} of {row['kl_budget']:.2f}" if "kl_budget" in row else ""
         lines.append(f"{row['round']:5} {name:28} {row['accuracy']:6.1%}  {low:6.1%} – {high:6.1%} {row['samples']:2} "
                      f"{solved:>6} {row['kl']:18.3f} {spent:>13} {row['entropy']:18.3f}")

@@ -112,7 +112,7 @@ class GradeSchool(Bench):
         batch.log_probs = self.score(model, batch)
         config = replace(self.config, explore_lr=stage.lr, explore_batch=32)
         return erpd.explore(model, batch, right, config, loss="nll", updates=stage.passes * -(-len(rows) // 32),
-                            desc="fine-tuning", memory=memory)
+                            stage="fine-tuning", memory=memory)
 
     @cached_property
     def batch(self):
@@ -213,10 +213,11 @@ def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
 
 def stages(arguments) -> list[Benchmark]:
     """The benchmark by seed: as a GPU with 80 GB does it, or what a CPU does in minutes."""
-    sizes = {"problems": 512, "max_new_tokens": 256, "curve_samples": 4, "limit_samples": 64, "explore_lr": 1e-5,
-             "explore_batch": 256, "explore_updates": 256, "unlearn_updates": 64, "distill_updates": 256,
-             "distill_lr": 5e-5, "tokens_per_step": 16384, "sample_rows": 2048, "cuda_graph": arguments.cuda_graph,
-             "model": arguments.model, "data": arguments.train, "test_data": arguments.test}
+    sizes = {"problems": 512, "max_new_tokens": 256, "test_samples": 8, "curve_samples": 4, "limit_samples": 64,
+             "explore_lr": 1e-5, "explore_batch": 256, "explore_updates": 256, "unlearn_updates": 64,
+             "distill_lr": 5e-5, "distill_updates": 256, "tokens_per_step": 16384, "sample_rows": 2048,
+             "cuda_graph": arguments.cuda_graph, "model": arguments.model, "data": arguments.train,
+             "test_data": arguments.test}
     more = {"rates": (1e-5, 3e-5), "least": 64, "nll_least": 128, "most": 1024, "other": arguments.other,
             "passes": arguments.passes, "lr": arguments.lr}
     if arguments.quick:

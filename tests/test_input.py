@@ -44,7 +44,7 @@ EARLY += [
     (dict(template="no place"), "no place"), (dict(no_such_option=1), "--no-such-option"),
     (dict(run="taken"), "--resume runs/taken"), (dict(run="../out"), "../out"), (dict(run="a/b"), "a/b"),
     (dict(run=".."), ".."), (dict(run="/abroad"), "/abroad"), (dict(run="r" * 300), "name too long"),
-    (dict(resume="runs/taken"), "takes the settings of that run"),
+    (dict(device="mps"), "--device 'mps'"), (dict(resume="runs/taken"), "takes the settings of that run"),
     (dict(model="folder"), "folder/config.json"), (dict(model="no/such/folder"), "no/such/folder"),
     (dict(operands=1, problems=99), "99 chains"), (dict(test_problems=10**9), "1000000000 chains"),
     (dict(data="no-such-data"), "no-such-data"), (dict(data="missing.jsonl"), "missing.jsonl"),
@@ -159,9 +159,8 @@ LATE = {
     "no tokenizer": (spoilt("tokenizer.json", None), "tokenizer"), "no JSON": (spoilt("config.json", b"{"), "--model"),
     "another kind of model": (spoilt("config.json", b'{"model_type": "magic"}'), "magic"),
 }
-SETTINGS = [(dict(model="no/such-model"), "no/such-model"), (dict(device="tpu"), "tpu"),
-            (dict(device="cuda:99"), "cuda:99"), (dict(max_new_tokens=600), "context"),
-            (dict(data="long.jsonl", test_data="chain"), "context of"),
+SETTINGS = [(dict(model="no/such-model"), "no/such-model"), (dict(device="cuda:99"), "cuda:99"),
+            (dict(max_new_tokens=600), "context"), (dict(data="long.jsonl", test_data="chain"), "context of"),
             (dict(data="hard.jsonl", test_problems=1), "nothing to learn"), (dict(explore_lr=1e9), "last_finite"),
             (dict(data="nobody/nothing"), "nobody/nothing"), (dict(data="broken.parquet"), "broken.parquet"),
             (dict(resume="runs/damaged"), "no run of this version"), (dict(resume="runs/other"), "other settings")]

@@ -218,6 +218,7 @@ def test_noise_is_uniform_and_belongs_to_its_sample():
                  (one[16:], streams[1][:-16])):
         assert torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].abs() < 0.01
     assert torch.equal(kl.noise(3, 7, 4, 64), one[7 * 16:7 * 16 + 4])
+    assert kl.noise((2**31 - 1) * 100_003, 7, 1, 1).numel() == 1  # GRPO's largest seed: no overflow
 
 
 def test_choose_at_the_edges():
@@ -231,9 +232,11 @@ def test_choose_at_the_edges():
 
 # ---------------------------------------------------------------------------------------------------------- masked mean
 
-@pytest.mark.parametrize("mask, mean", [([[1, 1, 0], [1, 0, 0]], 3.0), ([[0, 0, 0], [0, 0, 0]], 0.0)])
+@pytest.mark.parametrize("mask, mean", [([[1, 1, 0], [1, 0, 0]], 3.0), ([[0, 0, 0], [0, 0, 0]], 0.0),
+                                        ([[0.5, 1.5, 0], [1, 0, 0]], 10 / 3)])
 def test_masked_mean_ignores_what_is_behind_the_mask(mask, mean):
-    """Mistake: values·mask, where NaN·0 and inf·0 are NaN; or 0/0, where a mask of zeros gives 0 and no gradient."""
+    """Mistake: values·mask, where NaN·0 and inf·0 are NaN; 0/0, where a mask of zeros gives 0 and no gradient; or a
+    mask that counts a weight of a half as one."""
     values = torch.tensor([[1.0, 3.0, math.nan], [5.0, math.inf, -math.inf]], requires_grad=True)
     mask = torch.tensor(mask, dtype=torch.float32)
     value = kl.masked_mean(values, mask)

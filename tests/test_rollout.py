@@ -198,7 +198,7 @@ def test_select_trims_concatenate_pads_and_disks_keep(tmp_path):
     part = whole.select(torch.tensor([2, 0]))
     assert part.ids.tolist() == [[4, 4, EOS, EOS, EOS, EOS], [5, 3, 4, 9, 4, EOS]]
     assert list(rows_of(part)) == [rows[2], rows[0]] and part.groups.tolist() == [2, 0]
-    assert torch.equal(part.text, whole.text[[2, 0]])  # which rows are copies is found once, and not in every batch
+    assert torch.equal(part.text_id, whole.text_id[[2, 0]])  # found once, and not in every batch
     assert part.mask.tolist() == [[1, 0], [1, 1]] and part.log_probs.tolist() == [[-1, 0], [-1, -2]]
     joined = Rollouts.concatenate([whole.select(torch.tensor(some)) for some in ([2], [0, 3], [1])], pad_id=EOS)
     assert list(rows_of(joined)) == [rows[i] for i in (2, 0, 3, 1)]
@@ -430,7 +430,7 @@ def test_collect_refuses_prompts_beyond_the_context(model, tokenizer):
     """Mistake: positions past the model's last: an index error on the GPU, or silent nonsense."""
     problems = [Problem("1+2=", "3"), Problem("1" * 40, "3")]
     assert collect(model, tokenizer, problems, 1, max_new_tokens=8).prompt_length.max() == 40  # 48 just fit
-    with pytest.raises(InputError, match="problem 1 .*40.*48"):
+    with pytest.raises(InputError, match="problem 2 .*40.*48"):
         collect(model, tokenizer, problems, 1, max_new_tokens=9)
 
 
