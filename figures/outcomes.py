@@ -1,7 +1,6 @@
 """What claims and pictures ask of the rows of a stage at one seed: levels, paths, KL efficiency."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import kl
 from figures.experiments import measured
 
 LEVELS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6}  # of the way from the base's accuracy to 1
-STRONGEST = ("erpd", "weights: nll", "weights: sapo")  # jobs
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, by degrees of freedom
 
 
@@ -49,12 +47,11 @@ class Outcome:
 
     def paths(self, method: str) -> list[list[dict]]:
         """The rows of a method path by path, each in the order in which it leads away from the base."""
-        paths: dict[str, list[dict]] = {}
-        for row in self.of(method):
-            name = row["path"] if method != "temperature" else "colder" if row["at"] < 1 else "hotter"
-            paths.setdefault(name, []).append(row)
-        return [sorted(path, key=lambda row: -row["at"] if name == "colder" else row["at"])
-                for name, path in paths.items()]
+        paths: dict[tuple, list[dict]] = {}
+        base = 1 if method == "temperature" else 0  # where on a path the base is
+        for row in sorted(self.of(method), key=lambda row: abs(row["at"] - base)):
+            paths.setdefault((row["path"], row["at"] < base), []).append(row)
+        return list(paths.values())
 
     def best_path(self, method: str) -> list[dict]:
         """The path that ends highest."""
@@ -83,12 +80,10 @@ class Outcome:
 
     def still_rising(self) -> list[str]:
         """Paths of direct methods that end too early: above the last but one checkpoint's interval."""
-        found = []
-        for method in {row["method"]: None for row in self.rows if "fallen" in row}:
-            for *_, before, last in (path for path in self.paths(method) if len(path) > 1):
-                if last["accuracy"] > before["accuracy_interval"][1]:
-                    found.append(f"{method}, {last['path']}, update {last['at']}")
-        return found
+        methods = dict.fromkeys(row["method"] for row in self.rows if "fallen" in row)
+        ends = [path[-2:] for method in methods for path in self.paths(method) if len(path) > 1]
+        return [f"{last['method']}, {last['path']}, update {last['at']}" for before, last in ends
+                if last["accuracy"] > before["accuracy_interval"][1]]
 
 
 def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:
@@ -112,7 +107,7 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return x.mean().item(), half
 
 
-def outcomes(results: Path, needed: Iterable[str] = STRONGEST) -> dict[str, list[Outcome]]:
+def outcomes(results: Path, needed=("erpd", "weights: nll", "weights: sapo")) -> dict[str, list[Outcome]]:
     """The outcomes by stage; a seed counts once it has the jobs that are needed."""
     found: dict[tuple, list[dict]] = {}
     for row in measured(results):
