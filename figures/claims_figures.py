@@ -60,11 +60,10 @@ def extreme_region(figure: Figure, stages: Stages) -> str:
         axes.set_title(title)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        if what == "kl":
-            axes.set_yscale("log")
-        if what in ("accuracy", "fallen"):
-            percent(axes.yaxis)
-    accuracy, _, entropy, fallen = figure.axes
+    accuracy, spent, entropy, fallen = figure.axes
+    spent.set_yscale("log")
+    percent(accuracy.yaxis)
+    percent(fallen.yaxis)
     accuracy.axhline(np.mean([o.base for o in outcomes]), **BASE, label="base")
     entropy.axhline(np.mean([o.entropy for o in outcomes]), **BASE)
     fallen.legend(*accuracy.get_legend_handles_labels(), loc="upper left")
@@ -87,10 +86,9 @@ def frontier(figure: Figure, stages: Stages) -> str:
         band = np.sort(drawn, axis=1).mean(0)  # [200 draws, shares]
         axes.fill_betweenx(heights, band[4], band[-5], color=BLACK, alpha=0.2, linewidth=0)
         for method, (colour, marker, line, label) in LOOKS.items():
-            some = [o for o in outcomes if o.of(method)]
-            spent = np.array([[o.kl_at(method, o.level(share)) for o in some] for share in SHARES])
-            reached = np.isfinite(spent).all(1)  # by every seed
-            if some and reached.any():
+            spent = np.array([[o.kl_at(method, o.level(share)) for o in outcomes if o.of(method)] for share in SHARES])
+            reached = np.isfinite(spent).all(1)  # by every seed that has it
+            if spent.size and reached.any():
                 mean, half = means(spent[reached])
                 width = 2.4 if method == "erpd" else 1.2
                 axes.plot(mean, heights[reached], color=colour, linestyle=line, linewidth=width, marker=marker,
@@ -151,8 +149,7 @@ def rounds(figure: Figure, stages: Stages) -> str:
             paths = [[o.one("base") | {"rollouts": 0}, *o.best_path(method)] for o in some]
             if method == "grpo, then erpd":
                 paths = [[o.best_path("grpo 8×")[-1], o.one(method)] for o in some]
-            points = list(zip(*paths))
-            if points:
+            if points := list(zip(*paths)):
                 accuracy, spent = ([[row[what] for row in rows] for rows in points] for what in ("accuracy", "kl"))
                 look = {"color": colour, "marker": marker, "linestyle": line, "label": label}
                 banded(left, [rows[0]["rollouts"] for rows in points], accuracy, **look)

@@ -61,27 +61,21 @@ class Combined(torch.nn.Module):
 
     def __init__(self, models, weights):
         super().__init__()
-        self.models, self.weights = torch.nn.ModuleList(models), weights
+        self.models, self.weights, self.device = torch.nn.ModuleList(models), weights, models[0].device
         self.config, self.generation_config = models[0].config, models[0].generation_config
-
-    @property
-    def device(self):
-        return self.models[0].device
 
     def get_output_embeddings(self):
         return None  # the logits are no linear layer's
 
     def forward(self, past_key_values=None, **inputs):
         caches = [None] * len(self.models)
-        if past_key_values is not None:
-            layers = past_key_values.layers
-            share = len(layers) // len(self.models)
-            caches = [Cache(layers=layers[k:k + share]) for k in range(0, len(layers), share)]
+        if past_key_values is not None:  # the layers of all models
+            share = len(past_key_values.layers) // len(self.models)
+            caches = [Cache(layers=past_key_values.layers[k * share:][:share]) for k in range(len(self.models))]
         outputs = [model(past_key_values=cache, **inputs) for model, cache in zip(self.models, caches)]
         logits = sum(w * kl.log_softmax(output.logits) for w, output in zip(self.weights, outputs))
-        if outputs[0].past_key_values is not None and past_key_values is None:
-            layers = [layer for output in outputs for layer in output.past_key_values.layers]
-            past_key_values = Cache(layers=layers)
+        if past_key_values is None and outputs[0].past_key_values is not None:
+            past_key_values = Cache(layers=[layer for output in outputs for layer in output.past_key_values.layers])
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
@@ -174,9 +168,8 @@ class Bench:
             fallen = (log_ratio < -5).float().mean().item()  # stored completions whose probability fell by e^5
             row = self.measure(model, self.config.curve_samples, **about, at=done, fallen=fallen)
             if self.stage.all_weights or row["accuracy"] > best:
-                kept = kept if self.stage.all_weights else {}
-                kept[done] = copy.deepcopy(model.state_dict())
                 best = row["accuracy"]
+                kept = (kept if self.stage.all_weights else {}) | {done: copy.deepcopy(model.state_dict())}
             if done >= least and row["accuracy"] <= last:
                 break
             last = row["accuracy_interval"][1]
@@ -194,8 +187,7 @@ class Bench:
 
     def temperatures(self, *values: float) -> None:
         for value in values:
-            policy = Combined([self.base], [1 / value])
-            self.measure(policy, method="temperature", path="temperature", at=value)
+            self.measure(Combined([self.base], [1 / value]), method="temperature", path="temperature", at=value)
 
     def steps_back(self, loss: str, kind: str) -> None:
         """The most accurate checkpoint of a loss, moved back towards the base; last, the checkpoint itself."""
@@ -228,8 +220,7 @@ class Bench:
                             loss=config.unlearn_loss, updates=config.unlearn_updates, seed=self.seed)
 
     def measure_unlearned(self) -> None:
-        model = self.unlearned(*self.batch)
-        self.measure(model, method="unlearned", path="unlearned", at=self.config.unlearn_updates)
+        self.measure(self.unlearned(*self.batch), method="unlearned", path="unlearned", at=self.config.unlearn_updates)
 
     @cached_property
     def log_unlearned(self) -> Tensor:
@@ -239,12 +230,10 @@ class Bench:
         """δ_t [B, T] of an explorer's checkpoint, by default SAPO's after `least` updates; the control's is Â."""
         if kind == "control":
             return self.batch[1][:, None] * self.rollouts.mask
-        teacher, unlearned = None, None
+        teacher = None
         if kind != "unlearned":
             teacher = self.score(self.checkpoint(loss, lr or self.config.explore_lr, at or self.stage.least))
-        if kind != "teacher":
-            unlearned = self.log_unlearned
-        return erpd.token_signal(kind, self.rollouts.log_probs, teacher, unlearned)
+        return erpd.token_signal(kind, self.rollouts.log_probs, teacher, self.log_unlearned)
 
     def student(self, signal: Tensor, budget: float, **about) -> None:
         """Stage 2 as in erpd.one_round, at a budget."""
@@ -280,12 +269,10 @@ class Bench:
         signal = torch.zeros_like(rollouts.log_probs)
         first = rollouts.groups < self.config.problems // 2
         for mine, other in ((first, ~first), (~first, first)):
-            seen, scored = rollouts.select(mine.nonzero()[:, 0]), rollouts.select(other.nonzero()[:, 0])
-            teacher = erpd.explore(self.base, seen, advantage[mine], self.config, loss="sapo", seed=self.seed,
-                                   updates=self.config.explore_updates)
-            unlearned = self.unlearned(seen, advantage[mine])
-            half = erpd.token_signal("contrast", scored.log_probs, self.score(teacher, scored),
-                                     self.score(unlearned, scored))
+            seen, scored = (rollouts.select(mine), advantage[mine]), rollouts.select(other)
+            teacher = erpd.explore(self.base, *seen, self.config, loss="sapo", updates=self.config.explore_updates,
+                                   seed=self.seed)
+            half = self.score(teacher, scored) - self.score(self.unlearned(*seen), scored)
             signal[other, :half.shape[1]] = half
         self.student(signal, self.stage.budgets[1], method="student", path="sapo, contrast, crossed", kind="crossed",
                      teacher="sapo", lr=self.config.explore_lr, at=self.stage.least)

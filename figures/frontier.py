@@ -62,8 +62,13 @@ def legend(axes, on=None, **look) -> None:
     (on or axes).legend(once.values(), once.keys(), **look)
 
 
+def line(axes, rows: Sequence[dict], which: str = "", **look) -> None:
+    """Policies one after the other; `which` stands before the names of their numbers."""
+    axes.plot([row[which + "kl"] for row in rows], [row[which + "accuracy"] for row in rows], **look)
+
+
 def point(axes, row: dict, which: str = "", **look) -> None:
-    """A policy with its interval; `which` stands before the names of its numbers."""
+    """A policy with its interval."""
     accuracy, (low, high) = row[which + "accuracy"], row[which + "accuracy_interval"]
     axes.errorbar(row[which + "kl"], accuracy, [[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]],
                   linestyle="none", **look)
@@ -94,14 +99,12 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
         before = f"{run}: " if len(runs) > 1 else ""
         point(axes, rows[0], capsize=3, color="black", marker="*", markersize=10, label=before + "base")
         for (name, of_rounds), (colour, marker) in zip(ways(rows).items(), looks):
-            for k, way in enumerate(of_rounds):
-                axes.plot([row["kl"] for row in way], [row["accuracy"] for row in way], color=colour, marker=marker,
-                          markersize=3, linewidth=1, alpha=0.6)
+            for way in of_rounds:
+                line(axes, way, color=colour, marker=marker, markersize=3, linewidth=1, alpha=0.6)
                 point(axes, way[-1], capsize=3, color=colour, marker=marker, markersize=7, label=before + name)
             if len(of_rounds) > 1 and way[-1] is rows[-1]:  # the policy that the next round begins with
                 ends_of_rounds = [rows[0], *(way[-1] for way in of_rounds)]
-                axes.plot([row["kl"] for row in ends_of_rounds], [row["accuracy"] for row in ends_of_rounds],
-                          color=colour, linewidth=2.5)
+                line(axes, ends_of_rounds, color=colour, linewidth=2.5)
                 for k, row in enumerate(ends_of_rounds[1:], 1):
                     axes.annotate(str(k), (row["kl"], row["accuracy"]), xytext=(-4, 9), textcoords="offset points")
     bases = {tuple(rows[0]["pass_rates"]): rows[0]["samples"] for rows in runs.values()}  # each once
@@ -119,15 +122,11 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
 
 def read_run(folder: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl. Exits with a line that names the folder where there are none."""
-    try:
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        if rows:
-            return rows
-        reason = "its metrics.jsonl is empty"
+    try:  # of an empty file JSON misses a value
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().strip().split("\n")]
     except (OSError, ValueError) as error:
-        reason = error
-    print(f"frontier.py: {folder} is no run of erpd.py: {reason}", file=sys.stderr)
-    sys.exit(2)
+        print(f"frontier.py: {folder} is no run of erpd.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
