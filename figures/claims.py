@@ -2,7 +2,6 @@
 
     python figures/claims.py                # runs what is missing, draws the figures, prints the verdicts
     python figures/claims.py --only         # draws and judges what is there
-    python figures/claims.py --quick        # draws, and runs one seed at a tenth of the size in a scratch folder
     python figures/claims.py --model path/to/SmolLM2-135M-Instruct      # a language model's small frontier, too
 
 What is asked, of which stage, and what paths, levels and KL efficiency are, stands in figures/README.md ("What is
@@ -20,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -249,13 +247,6 @@ def stages() -> list[Stage]:
                     for seed in range(3) for name, (settings, carries) in CELLS.items()]
 
 
-def quick_stage() -> Stage:
-    """All jobs of the main stage at a tenth of the size."""
-    settings = config(problems=6, explore_batch=16, distill_batch=16, explore_updates=16, unlearn_updates=4,
-                      distill_updates=16, test_problems=24, limit_samples=16)
-    return Stage("main", settings, least=32, most=64, nll_least=32, shares=(0.5,))
-
-
 def sums(folder: Path) -> dict[str, str]:
     """Files of one-digit sums to train on (40 pairs of digits) and to test on (15 others), each pair in both orders.
     """
@@ -281,37 +272,24 @@ def language_model(model: str) -> list[Stage]:
                   nll_least=16, most=64, budgets=(), everything=False) for seed in range(2)]
 
 
-def run(wanted: list[Stage], results: Path, folder: Path, workers: int) -> dict[str, list[Outcome]]:
-    """Run what is missing of the stages, `workers` side by side, each on one core, or on the GPU."""
-    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # read by the processes that start here
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        list(pool.map(partial(run_stage, results=results, folder=folder), wanted))
-    return outcomes(results)
-
-
-# ----------------------------------------------------------------------------------------------------- the command line
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true",
-                        help="draw, and run one seed at a tenth of the size in a scratch folder")
     parser.add_argument("--only", nargs="*", choices=["main", "rare", *CELLS, "SmolLM2"], metavar="stage",
                         help="stages to run, by name; none at all: draw and judge what is there")
     parser.add_argument("--model", default="",
                         help="SmolLM2-135M-Instruct's folder or hub name, for its own small frontier")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1,
-                        help="stages side by side")
+                        help="stages side by side, each on one core, or on the GPU")
     arguments = parser.parse_args()
-    if arguments.quick:
-        with TemporaryDirectory() as scratch:
-            report(run([quick_stage()], Path(scratch) / "claims.jsonl", Path(scratch), 1))
-    else:
-        every = stages() + (language_model(arguments.model) if arguments.model else [])
-        wanted = [stage for stage in every if arguments.only is None or stage.name in arguments.only]
-        found = run(wanted, RESULTS, SCRATCH, arguments.workers)
-        report(found)
-        write_verdicts(found, HERE / "results" / "verdicts.json")
-    claims_figures.draw(outcomes(RESULTS))
+    every = stages() + (language_model(arguments.model) if arguments.model else [])
+    wanted = [stage for stage in every if arguments.only is None or stage.name in arguments.only]
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # read by the processes that start here
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        list(pool.map(partial(run_stage, results=RESULTS, folder=SCRATCH), wanted))
+    found = outcomes(RESULTS)
+    report(found)
+    write_verdicts(found, HERE / "results" / "verdicts.json")
+    claims_figures.draw(found)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import erpd  # noqa: E402
 import rollout  # noqa: E402
 from figures.claims_figures import BLACK, BLUE, GREEN, LIMIT, ORANGE, PINK, SKY, VERMILION  # noqa: E402
 from figures.experiments import Bench, Stage, run_stage  # noqa: E402
-from figures.frontier import kl_axis, legend, percent, point  # noqa: E402
+from figures.frontier import kl_axis, legend, line, percent, point  # noqa: E402
 from figures.outcomes import Outcome, outcomes  # noqa: E402
 from rewards import InputError, Problem, load_problems, load_splits, reward, row_problem  # noqa: E402
 
@@ -74,19 +74,16 @@ class GradeSchool(Bench):
 
     def draw(self) -> tuple[list[Problem], list[Problem]]:
         """(problems to train on, those of the test split); those of the other set are `others`."""
-        self.solutions = self.shortest(worked_solutions(self.config.data), lambda both: both[0].question + both[1])
-        held_out, self.others = (self.shortest(load_problems(source, "test", divide=False), lambda p: p.question)
-                                 for source in (self.config.test_data, self.stage.other))
-        needed = self.config.problems
-        some = [problem for problem, _ in self.solutions[-(self.stage.kept or 0):]]
+        tests = [load_problems(source, "test", divide=False) for source in (self.config.test_data, self.stage.other)]
+        sets = [worked_solutions(self.config.data), *tests]
+        if few := self.stage.shortest:
+            sets = [sorted(items, key=lambda item: len(str(item)))[:few] for items in sets]
+        self.solutions, held_out, self.others = sets
+        some, needed = [problem for problem, _ in self.solutions[-(self.stage.kept or 0):]], self.config.problems
         if len(some) < ROUNDS * needed:
             raise InputError(f"{self.config.data}: {ROUNDS} rounds take {ROUNDS * needed} problems; it has {len(some)}")
         random.Random(self.config.seed).shuffle(some)
         return (some * TIMES)[:TIMES * needed], held_out
-
-    def shortest(self, items: list, text: Callable) -> list:
-        few = self.stage.shortest
-        return sorted(items, key=lambda item: len(text(item)))[:few] if few else items
 
     def load(self, name: str):
         memory = self.memory("base", "model", "data", "kept", "shortest", "passes", "lr")
@@ -116,8 +113,8 @@ class GradeSchool(Bench):
 
     @cached_property
     def batch(self):
-        memory = self.memory(f"round-{self.seed}")
-        return erpd.stored_batch(self.base, self.tokenizer, self.first, self.config, self.seed, memory)
+        return erpd.stored_batch(self.base, self.tokenizer, self.first, self.config, self.seed,
+                                 self.memory(f"round-{self.seed}"))
 
     def round(self, *args, seed: int, **more):
         """A round of ERPD that goes on where it was stopped."""
@@ -168,20 +165,20 @@ def told(outcome: Outcome, method: str) -> list[dict]:
 def table(seeds: list[Outcome]) -> str:
     """A line a policy and seed. The best of a path is chosen on the test split itself, which flatters all methods but
     ERPD, whose every round is told."""
-    lines = [(f"{'policy':34} {'path, and where on it':30} {'seed':>4} {'rollouts':>8} {'right':>6}  "
-              f"{'95 % interval':13} {'pass@8':>6} {'KL nats/completion':>18} {'KL efficiency':>13} {'other set':>9}  "
-              f"{'95 % interval':13}")]
+    lines = [f"{'policy':34} {'path, and where on it':30} {'seed':>4} {'rollouts':>8} {'right':>6}  "
+             f"{'95 % interval':13} {'pass@8':>6} {'KL nats/completion':>18} {'KL efficiency':>13} {'other set':>9}  "
+             f"{'95 % interval':13}"]
     for method, (label, *_) in METHODS.items():
         for outcome in seeds:
             for row in told(outcome, method):
-                intervals = [f"{low:5.1%} – {high:5.1%}" for low, high in
-                             (row["accuracy_interval"], row["other_accuracy_interval"])]
+                here, there = (f"{low:5.1%} – {high:5.1%}" for low, high in
+                               (row["accuracy_interval"], row["other_accuracy_interval"]))
                 solved = f"{row['pass']:.1%}" if row["samples"] >= 8 else "–"
                 worth = f"{outcome.worth(row):.2f}" if row["kl"] and row["accuracy"] > outcome.base else "–"
                 path = f"{row['path']}, {row['at']:g}"
                 lines.append(f"{label:34} {path:30} {row['seed']:4} {row.get('rollouts', 0):8,} "
-                             f"{row['accuracy']:6.1%}  {intervals[0]:13} {solved:>6} {row['kl']:18.3f} {worth:>13} "
-                             f"{row['other_accuracy']:9.1%}  {intervals[1]:13}")
+                             f"{row['accuracy']:6.1%}  {here:13} {solved:>6} {row['kl']:18.3f} {worth:>13} "
+                             f"{row['other_accuracy']:9.1%}  {there:13}")
     return "\n".join(lines)
 
 
@@ -192,9 +189,8 @@ def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
         for outcome in seeds:
             for method, (label, colour, marker) in METHODS.items():
                 for way in outcome.paths(method):
-                    way = [outcome.one("base"), *way]
-                    axes.plot([row[which + "kl"] for row in way], [row[which + "accuracy"] for row in way],
-                              color=colour, linewidth=2 if method == "erpd rounds" else 0.7, alpha=0.7)
+                    line(axes, [outcome.one("base"), *way], which, color=colour, alpha=0.7,
+                         linewidth=2 if method == "erpd rounds" else 0.7)
                 for row in told(outcome, method):
                     point(axes, row, which, color=colour, marker=marker, elinewidth=0.8, capsize=2, label=label)
         kl_axis(axes, max(row[which + "kl"] for outcome in seeds for row in outcome.rows))
@@ -208,8 +204,6 @@ def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
     first.set_ylabel("right completions")
     figure.savefig(path, dpi=150)
 
-
-# ----------------------------------------------------------------------------------------------------- the command line
 
 def stages(arguments) -> list[Benchmark]:
     """The benchmark by seed: as a GPU with 80 GB does it, or what a CPU does in minutes."""
@@ -231,7 +225,6 @@ def stages(arguments) -> list[Benchmark]:
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gsm8k.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"gsm8k.py: {message} (--help lists every option)\n")
     parser.add_argument("--model", required=True, help="folder or hub name of SmolLM2-135M-Instruct, or of another")
     parser.add_argument("--train", default="gsm8k", help="worked solutions: gsm8k (from the hub), a hub id or a file")
     parser.add_argument("--test", default="gsm8k", help="the problems to measure on, likewise")

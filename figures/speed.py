@@ -175,8 +175,6 @@ def output_layer(_, rows: int, with_kl=False, trained=False) -> tuple[Callable, 
     return passes(model, rollout.Rollouts(ids, one, 128 * one, torch.zeros(rows, 128), 0.0 * one, one), *reference)
 
 
-# ------------------------------------------------------------------------------------------------------------ the table
-
 SUMS = [f"What is {a} + {b}?" for a in (7, 3, 9, 2) for b in (5, 4, 8, 6)]
 RAGGED = ["What is 7 + 5?", "What is the sum of the two numbers 7 and 5?"] * 4
 CHAINS = [p.question for p in chain_problems(64, "train", operands=4, seed=0)]
