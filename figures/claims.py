@@ -36,8 +36,6 @@ OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temp
              "weights: mse", "weights: nll", "logits: nll")
 
 
-# --------------------------------------------------------------------------------------------------------- the verdicts
-
 class Statistic(NamedTuple):
     claim: str
     what: str
@@ -224,8 +222,6 @@ def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
     path.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- what is run
-
 # 64 problems × 16 completions, 16 updates a pass, of the embedded policy, unless said otherwise.
 config = partial(erpd.Config, model=TINY_BASE, explore_updates=256, unlearn_updates=64, distill_updates=256,
                  test_problems=256, curve_samples=4, limit_samples=64)
@@ -240,16 +236,15 @@ def stages() -> list[Stage]:
     """Both main stages by seed, then the cells of the map."""
     found = []
     for seed in range(5):
-        found.append(Stage("main", config(seed=seed), shares=(0.5, 0.9)))
-        found.append(Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.6)))
+        found += [Stage("main", config(seed=seed), shares=(0.5, 0.9)),
+                  Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.6))]
     few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.4, 1.0, 1.8)}
     return found + [Stage(name, config(seed=seed, test_problems=128, **settings), carries, **few)
                     for seed in range(3) for name, (settings, carries) in CELLS.items()]
 
 
 def sums(folder: Path) -> dict[str, str]:
-    """Files of one-digit sums to train on (40 pairs of digits) and to test on (15 others), each pair in both orders.
-    """
+    """Files of one-digit sums: 40 pairs of digits to train on, 15 others to test on, in both orders."""
     pairs = [(a, b) for a in range(10) for b in range(a, 10)]
     random.Random(0).shuffle(pairs)
     folder.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def banded(axes, x, values, **look) -> None:
 
 def extreme_region(figure: Figure, stages: Stages) -> str:
     figure.set_size_inches(9, 6)
-    outcomes = stages["main"]
+    outcomes, = stages.values()
     methods = {"sapo": (ORANGE, "SAPO, no constraint"), "clip": (BLACK, "clip"),
                "clip + KL 0.2": (BLUE, "clip, KL penalty 0.2"), "clip + KL 1": (GREEN, "clip, KL penalty 1")}
     panels = {"accuracy": "right completions, held out (higher is better)",
@@ -76,7 +76,7 @@ def extreme_region(figure: Figure, stages: Stages) -> str:
 def frontier(figure: Figure, stages: Stages) -> str:
     figure.set_size_inches(6.5 * len(stages), 5.4)
     panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
-    for axes, (name, outcomes) in zip(panels, stages.items()):
+    for axes, (title, outcomes) in zip(panels, stages.items()):
         base = np.mean([o.base for o in outcomes])
         heights = base + SHARES * (1 - base)
         # The limit of the mean pass rates, and the band of what the base's samples leave open of them.
@@ -97,7 +97,7 @@ def frontier(figure: Figure, stages: Stages) -> str:
                 axes.fill_betweenx(heights[reached], left, mean + half, color=colour, alpha=0.12, linewidth=0)
         axes.axhline(base, **BASE)
         axes.text(0.011, base + 0.006, "base", fontsize=8, color="grey")
-        axes.set(xscale="log", xlim=(0.01, 8), title=f"{TITLES[name]}; {len(outcomes)} seeds",
+        axes.set(xscale="log", xlim=(0.01, 8), title=title,
                  xlabel="KL(π‖π₀) to reach it, on the policy's own samples, nats a completion (log)")
         axes.xaxis.set_major_formatter("{x:g}")
         percent(axes.yaxis)
@@ -111,7 +111,7 @@ def weak_teachers(figure: Figure, stages: Stages) -> str:
     """Students at one budget beside their teachers, from the weakest teacher up; the combined one has no accuracy."""
     figure.set_size_inches(7.5 * len(stages), 5)
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
-    for axes, (name, outcomes) in zip(panels, stages.items()):
+    for axes, (title, outcomes) in zip(panels, stages.items()):
         labels, teachers, students = [], [], []
         for row in outcomes[0].of("student"):
             labels.append(f"{row['path']}, {row['at']} updates" if row["at"] else row["path"])
@@ -128,7 +128,7 @@ def weak_teachers(figure: Figure, stages: Stages) -> str:
         axes.axvline(np.mean([o.base for o in outcomes]), **BASE, label="base")
         control = [o.one("control", at=row["budget"])["accuracy"] for o in outcomes if o.of("control")]
         axes.axvline(np.mean(control), color="grey", linewidth=1, linestyle="--", label="Â in place of δ_t")
-        axes.set(xlim=(0, 1), title=f"{TITLES[name]}; {len(outcomes)} seeds",
+        axes.set(xlim=(0, 1), title=title,
                  xlabel=f"right completions, held out; students with a KL budget of {row['budget']:g}")
         percent(axes.xaxis)
         axes.legend(loc="upper left")
@@ -143,7 +143,7 @@ def rounds(figure: Figure, stages: Stages) -> str:
              "grpo 8×": (SKY, "h", "-", "on-policy GRPO, best learning rate"),
              "grpo, then erpd": (GREEN, "^", "--", "one ERPD round after GRPO")}
     panels = figure.subplots(len(stages), 2, sharey="row", squeeze=False)
-    for (left, right), (name, outcomes) in zip(panels, stages.items()):
+    for (left, right), (title, outcomes) in zip(panels, stages.items()):
         for method, (colour, marker, line, label) in looks.items():
             some = [o for o in outcomes if o.of(method)]
             paths = [[o.one("base") | {"rollouts": 0}, *o.best_path(method)] for o in some]
@@ -157,8 +157,8 @@ def rounds(figure: Figure, stages: Stages) -> str:
         base = np.mean([o.base for o in outcomes])
         limit, _ = means([o.least(o.level(share)) for o in outcomes] for share in SHARES)
         right.plot(limit, base + SHARES * (1 - base), **LIMIT, label="the limit")
-        left.set(xlabel="rollouts that were used to train", ylabel="right completions, held out", ylim=(0, 1.02),
-                 title=f"{TITLES[name]}; {len(outcomes)} seeds")
+        left.set(title=title, ylim=(0, 1.02), xlabel="rollouts that were used to train",
+                 ylabel="right completions, held out")
         right.set(xlabel="KL(π‖π₀) to the first base, nats a completion", xlim=(0, None))
         left.legend(*right.get_legend_handles_labels(), loc="lower right")
         percent(left.yaxis)
@@ -191,7 +191,7 @@ def draw(by_stage: Stages) -> None:
     """The pictures of what has been run; the map once there is more than the two main stages."""
     def have(method: str, *names: str) -> Stages:
         found = {name: [o for o in by_stage.get(name, []) if o.of(method)] for name in names}
-        return {name: some for name, some in found.items() if some}
+        return {f"{TITLES[name]}; {len(some)} seeds": some for name, some in found.items() if some}
 
     cells = {name: some for name, some in by_stage.items() if name != "SmolLM2"}
     pictures = {extreme_region: have("clip + KL 1", "main"), frontier: have("erpd", *TITLES),

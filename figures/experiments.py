@@ -80,10 +80,7 @@ class Combined(torch.nn.Module):
 
 
 class Bench:
-    """One stage at work: its policies, problems and measurements; then the direct methods, ERPD and rounds.
-
-    `folder` keeps what is only a means: weights of checkpoints.
-    """
+    """One stage at work: its policies, problems, measurements and jobs. `folder` keeps weights of checkpoints."""
 
     def __init__(self, stage: Stage, folder: Path, rows: list[dict]):
         self.stage, self.config, self.folder, self.rows = stage, stage.config, folder, rows
@@ -151,8 +148,7 @@ class Bench:
 
     def until_it_stops(self, loss: str, lr: float, kl_coef: float = 0.0) -> None:
         """A direct method, measured each time that its updates have doubled, until its accuracy has stopped rising:
-        after `least` updates or more it is not above the last checkpoint's 95 % interval.
-        """
+        after `least` updates or more it is not above the last checkpoint's 95 % interval."""
         config = replace(self.config, explore_lr=lr, kl_coef=kl_coef)
         about = {"method": loss, "path": f"lr {lr:g}", "lr": lr, "kl_coef": kl_coef, "rollouts": len(self.rollouts)}
         if kl_coef:

@@ -154,8 +154,6 @@ def jobs(bench: GradeSchool, everything: bool) -> dict[str, Callable]:
     return plan
 
 
-# -------------------------------------------------------------------------------------------- the table and the picture
-
 def told(outcome: Outcome, method: str) -> list[dict]:
     """A method's rows for the table; of its paths over learning rates and updates only the most accurate policy."""
     rows = outcome.of(method)

@@ -31,8 +31,6 @@ from rewards import chain_problems  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# ----------------------------------------------------------------------------------------------------- how one measures
-
 class Count(TorchDispatchMode):
     """Counts what is computed inside it, views of tensors left out, and how often the host waits for a result."""
 
@@ -98,8 +96,6 @@ def memory(make: Callable) -> dict:
         ours, theirs = (alone.apply(over_inputs, (make, side)) for side in (0, 1))
     return {"unit": "MiB", "ours": ours, "theirs": theirs}
 
-
-# ----------------------------------------------------------------------------------------------------- what is measured
 
 def policy(folder: str, questions: list[str], group: int) -> tuple:
     """(model, prompts, stop ids, a function that samples so many new tokens)."""
