@@ -1,11 +1,11 @@
 """The claims of Extreme Region Policy Distillation, measured and judged.
 
-    python figures/claims.py                # runs what is missing, draws the figures, prints the verdicts
-    python figures/claims.py --only         # draws and judges what is there
-    python figures/claims.py --model path/to/SmolLM2-135M-Instruct      # a language model's small frontier, too
+    python figures/claims.py                  # runs what is missing, draws the figures, prints the verdicts
+    python figures/claims.py --only           # draws and judges what is there
+    python figures/claims.py --model FOLDER   # with SmolLM2-135M-Instruct's small frontier
 
-What is asked, of which stage, and what paths, levels and KL efficiency are, stands in figures/README.md ("What is
-asked"); `asked` below says the same of one seed, in code.
+What is asked of which stage, and what paths, levels and KL efficiency are, stands in figures/README.md; `asked` below
+says the same of one seed, in code.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Statistic(NamedTuple):
 
 
 def asked(o: Outcome, stage: str) -> Iterator[tuple]:
-    """What is asked of a seed: (claim, what, side, threshold, value). Of what it has not run nothing is asked."""
+    """(claim, what, side, threshold, value) of a seed. Of what it has not run nothing is asked."""
     sapo = o.of("sapo", lr=3e-5)
     best, last = peak(sapo), sapo[-1]
     if stage == "main":
@@ -138,7 +138,7 @@ def peak(rows: list[dict], by: str = "accuracy") -> dict:
 
 
 def leads(o: Outcome) -> Iterator[tuple]:
-    """C3, d and e: (what, opponent, lead over it), where the closest opponent counts."""
+    """C3, d and e: (what, opponent, lead over it); the closest counts."""
     opponents = list(filter(o.of, OPPONENTS))
     for name, level in zip(LEVELS, o.levels):
         ours = o.efficiency("erpd", level)
@@ -158,8 +158,7 @@ def by_seed(seeds: Iterable[Iterable[tuple]]) -> dict[tuple, list[float]]:
 
 
 def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
-    """Every statistic. The closest opponent is the one over which the lead is smallest, of those that can be compared
-    on 3 seeds."""
+    """Every statistic. The closest opponent: the smallest lead, of those that can be compared on 3 seeds."""
     found = []
     for stage in ("main", "rare"):
         seeds = by_stage.get(stage, [])
@@ -244,7 +243,7 @@ def stages() -> list[Stage]:
 
 
 def sums(folder: Path) -> dict[str, str]:
-    """Files of one-digit sums: 40 pairs of digits to train on, 15 others to test on, in both orders."""
+    """Files of one-digit sums: 40 pairs of digits to train on, 15 to test on, in both orders."""
     pairs = [(a, b) for a in range(10) for b in range(a, 10)]
     random.Random(0).shuffle(pairs)
     folder.mkdir(parents=True, exist_ok=True)

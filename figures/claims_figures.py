@@ -1,6 +1,6 @@
-"""The pictures of figures/claims.py: each draws on a figure what the stages have come to, and returns its title.
+"""The pictures of figures/claims.py: each draws on a figure, and returns its title.
 
-Bands and bars are 95 % intervals over seeds (Student's t). A method has the same colour and marker in all pictures.
+Bands and bars are 95 % intervals over seeds (Student's t). A method has one colour and marker in all pictures.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ def means(columns) -> np.ndarray:
 
 
 def banded(axes, x, values, **look) -> None:
-    """A line of means over seeds, from their values [points, seeds], with the band of its interval."""
+    """A line of means over seeds, from values [points, seeds], with its band."""
     mean, half = means(values)
     axes.plot(x, mean, **look)
     axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, linewidth=0)
@@ -79,7 +79,7 @@ def frontier(figure: Figure, stages: Stages) -> str:
     for axes, (title, outcomes) in zip(panels, stages.items()):
         base = np.mean([o.base for o in outcomes])
         heights = base + SHARES * (1 - base)
-        # The limit of the mean pass rates, and the band of what the base's samples leave open of them.
+        # The mean limit, and the band of what the base's samples leave open of it.
         limit, _ = means([o.least(o.level(share)) for o in outcomes] for share in SHARES)
         axes.plot(limit, heights, **LIMIT, label="the limit: no policy can be to the left")
         drawn = [[np.interp(o.level(SHARES), *one, right=np.inf) for one in o.limits()] for o in outcomes]
@@ -108,7 +108,7 @@ def frontier(figure: Figure, stages: Stages) -> str:
 
 
 def weak_teachers(figure: Figure, stages: Stages) -> str:
-    """Students at one budget beside their teachers, from the weakest teacher up; the combined one has no accuracy."""
+    """Students at one budget beside their teachers, the weakest first; the combined one has no accuracy."""
     figure.set_size_inches(7.5 * len(stages), 5)
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
     for axes, (title, outcomes) in zip(panels, stages.items()):

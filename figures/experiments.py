@@ -37,7 +37,7 @@ class Stage:
     least: int = 256  # updates of a direct method before it may stop, and the most there are
     most: int = 2048
     nll_least: int = 512  # of cross-entropy, the strongest
-    budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students' ladder, nats a completion; none: the round's
+    budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students', nats; none: the round's
     everything: bool = True  # False: the frontier alone
     all_weights: bool = True  # of a direct method's checkpoints are kept; False: the best one's
     shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets than the default's
@@ -122,7 +122,7 @@ class Bench:
                                 tokens_per_step=self.config.tokens_per_step, **self.config.sampling)
 
     def measure(self, model, samples: int | None = None, **about) -> dict:
-        """A row: the policy's accuracy and KL to the first base on fresh samples of its own, and `about` it."""
+        """A row: accuracy and KL to the first base on fresh samples of the policy, and `about` it."""
         numbers = self.evaluate(model, self.held_out, samples or self.config.test_samples)
         if model is not self.base:
             numbers.pop("pass_rates")
@@ -161,7 +161,7 @@ class Bench:
                                  seed=self.seed + done, start=start)
             done += updates
             log_ratio = ((self.score(model) - self.rollouts.log_probs) * self.rollouts.mask).sum(1)
-            fallen = (log_ratio < -5).float().mean().item()  # stored completions whose probability fell by e^5
+            fallen = (log_ratio < -5).float().mean().item()  # those whose probability fell by e^5
             row = self.measure(model, self.config.curve_samples, **about, at=done, fallen=fallen)
             if self.stage.all_weights or row["accuracy"] > best:
                 best = row["accuracy"]
@@ -186,7 +186,7 @@ class Bench:
             self.measure(Combined([self.base], [1 / value]), method="temperature", path="temperature", at=value)
 
     def steps_back(self, loss: str, kind: str) -> None:
-        """The most accurate checkpoint of a loss, moved back towards the base; last, the checkpoint itself."""
+        """The most accurate checkpoint of a loss, moved back towards the base by steps."""
         best = max((row for row in self.rows if row["method"] == loss), key=lambda row: row["accuracy"])
         model = self.checkpoint(loss, best["lr"], best["at"])
         for share in (0.25, 0.5, 0.75, 0.9, 1.0):
@@ -196,7 +196,7 @@ class Bench:
             self.measure(between, method=f"{kind}: {loss}", path=f"lr {best['lr']:g}, update {best['at']}", at=share)
 
     def grpo(self, lr: float, times: int) -> None:
-        """On-policy GRPO with `times` as many rollouts as the stored batch, measured from a quarter of them on."""
+        """On-policy GRPO with `times` the stored batch's rollouts, measured from a quarter of them on."""
         config, problems = replace(self.config, explore_lr=lr), self.problems[:self.config.problems * times]
         steps = -(-len(problems) // max(1, config.explore_batch // config.group))
         method = "grpo" if times == 1 else f"grpo {times}×"
@@ -223,7 +223,7 @@ class Bench:
         return self.score(self.unlearned(*self.batch))
 
     def signal(self, kind: str = "contrast", loss: str = "sapo", lr: float = 0.0, at: int = 0) -> Tensor:
-        """δ_t [B, T] of an explorer's checkpoint, by default SAPO's after `least` updates; the control's is Â."""
+        """δ_t [B, T] of a checkpoint, by default SAPO's after `least` updates; the control's is Â."""
         if kind == "control":
             return self.batch[1][:, None] * self.rollouts.mask
         teacher = None
@@ -245,7 +245,7 @@ class Bench:
             self.student(signal, budget, method=method, path=kind)
 
     def teachers(self) -> None:
-        """Students of teachers from strong to collapsed, by every signal, at one budget; and of several teachers."""
+        """Students of teachers from strong to collapsed, at one budget; and of several teachers."""
         least, slow, fast = self.stage.least, self.config.explore_lr, self.stage.rates[-2]
         student = partial(self.student, budget=self.stage.budgets[1], method="student")
         several = [("sapo", slow, least), ("mse", fast, least // 2), ("nll", fast, self.stage.nll_least)]
@@ -260,7 +260,7 @@ class Bench:
         student(combined, path=f"{names}, contrast", kind="contrast", teacher=names, at=0)
 
     def crossed(self) -> None:
-        """The contrast, where each half of the problems is scored by teachers that saw only the other half."""
+        """The contrast; teachers that saw one half of the problems score the other."""
         rollouts, advantage = self.batch
         signal = torch.zeros_like(rollouts.log_probs)
         first = rollouts.groups < self.config.problems // 2
@@ -275,7 +275,7 @@ class Bench:
 
     def rounds(self, method: str, one: Callable = erpd.one_round, count: int = 4, base=None,
                problems: list[Problem] | None = None, before: int = 0, **settings) -> None:
-        """Rounds, each with new problems and the budget of its own limit; `before`: rollouts that `base` took."""
+        """Rounds with new problems and the budget of their own limit; `before`: rollouts that `base` took."""
         base, problems, told = base or self.base, problems or self.problems, {}
         size, config = self.config.problems, replace(self.config, kl_budget="auto", **settings)
         for k in range(count):
@@ -285,7 +285,7 @@ class Bench:
                          rollouts=before + (k + 1) * size * config.group)
 
     def after_grpo(self) -> None:
-        """One round of ERPD from where eight times the rollouts of GRPO ended, on its last problems."""
+        """One round of ERPD from where GRPO with eight times the rollouts ended, on its last problems."""
         best = max((row for row in self.rows if row["method"] == "grpo 8×"),
                    key=lambda row: (row["rollouts"], row["accuracy"]))
         base = self.policy(f"grpo-{best['lr']:g}-8", partial(self.grpo, best["lr"], 8))
@@ -301,7 +301,7 @@ def round_with(share: float, base, tokenizer, problems, config: erpd.Config, *, 
 
 
 def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable, others):
-    """Expert iteration: cross-entropy on the right completions, its weights moved back to the same budget."""
+    """Expert iteration: cross-entropy on the right completions, moved back to the same budget."""
     rollouts, advantage = erpd.stored_batch(base, tokenizer, problems, config, seed)
     updates = 3 * config.explore_updates // 2
     model = erpd.explore(base, rollouts, advantage, config, loss="nll", updates=updates, seed=seed)
@@ -345,7 +345,7 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
 
 def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench,
               plan: Callable[[Bench], dict[str, Callable]] = jobs, until: float = math.inf) -> None:
-    """Run the missing jobs of a stage; their rows go to `results`. None begins after time.monotonic() = `until`."""
+    """Run a stage's missing jobs; their rows go to `results`. None begins after time.monotonic() = `until`."""
     key, mine = f"{stage.name}-s{stage.config.seed}", {"stage": stage.name, "seed": stage.config.seed}
     done = [row for row in measured(results) if mine.items() <= row.items()]
     bench = at(stage, folder / key, list(done))
@@ -358,7 +358,7 @@ def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench
                 work()
             rows = [mine | {"job": name} | row for row in bench.rows[before:]]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            with open(results, "ab", buffering=0) as file:  # one write: stages side by side append whole jobs
+            with open(results, "ab", buffering=0) as file:  # one write: stages append whole jobs
                 file.write("".join(lines).encode())
         print(f"{key}: {name}", file=sys.stderr)
 

@@ -42,7 +42,7 @@ def ends(rows: Sequence[dict]) -> list[dict]:
 
 
 def ways(rows: Sequence[dict]) -> dict[str, list[list[dict]]]:
-    """The rows by policy, its way in each round by itself, from where the round begins: the end of the one before."""
+    """The rows by policy and round, each way from where its round begins: the end of the one before."""
     last = {row["round"]: row for row in rows}
     found: dict[str, dict[int, list[dict]]] = {}
     for row in rows[1:]:
@@ -76,7 +76,7 @@ def point(axes, row: dict, which: str = "", **look) -> None:
 
 def kl_axis(axes, furthest: float) -> None:
     """x from 0 to the furthest KL, nats a completion."""
-    # KL is quadratic in the distance from the base, so that on this scale a straight way is a straight line.
+    # KL is quadratic in the distance from the base: on this scale a straight way is straight.
     axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
     end = 1.1 * max(0.2, furthest)
     ticks = [tick for tick in (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= end]
@@ -86,11 +86,11 @@ def kl_axis(axes, furthest: float) -> None:
 
 
 def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
-    """The rows of each run by its name: every policy's way in each round, thin; its ends, large, with their intervals;
-    the way of what goes from round to round, thick; and the limit.
+    """The rows of each run by its name, the base's first: every policy's way in each round, thin; its ends, large,
+    with their intervals; the way of what goes from round to round, thick; and the limit.
 
     The limit, the least KL at which any policy can have an accuracy, is that of the base's pass rates, smoothed, so
-    that a problem which no sample solved is no wall. The first row is the base's.
+    that a problem which no sample solved is no wall.
     """
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()

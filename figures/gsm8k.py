@@ -1,7 +1,7 @@
 """GSM8K with a small language model: ERPD and its opponents where right completions are rare.
 
-    python figures/gsm8k.py --model HuggingFaceTB/SmolLM2-135M-Instruct --minutes 20     # again and again, to its end
-    python figures/gsm8k.py --model path/to/SmolLM2-135M-Instruct --quick                # 4 problems, on a CPU
+    python figures/gsm8k.py --model HuggingFaceTB/SmolLM2-135M-Instruct --minutes 20   # again and again
+    python figures/gsm8k.py --model FOLDER --quick                                     # 4 problems, on a CPU
 
 The base is the model after cross-entropy on the worked solutions of the training split but its last 1,500. The problems
 of these are for all methods. Every policy is measured on the test split and, untrained for, on SVAMP's.
@@ -37,7 +37,6 @@ from figures.outcomes import Outcome, outcomes  # noqa: E402
 from rewards import InputError, Problem, load_problems, load_splits, reward, row_problem  # noqa: E402
 
 ROUNDS, TIMES = 2, 4  # rounds of ERPD; rounds whose rollouts the longer GRPO takes
-GREEDY = 1e-3  # a temperature at which the likeliest token has all of the probability
 METHODS = {  # method → (label, colour, marker)
     "base": ("the base", BLACK, "o"),
     "temperature": ("the base at a temperature", PINK, "*"),
@@ -56,7 +55,7 @@ class Benchmark(Stage):
     """`config.model` is fine-tuned on `config.data` first."""
 
     other: str = ""  # a set to measure on besides
-    kept: int | None = 1500  # of the training problems, the last, are not the base's; none: methods have the base's own
+    kept: int | None = 1500  # last problems, which are not the base's; none: it has all
     shortest: int | None = None  # of each set only so many, the shortest; none: all
     passes: int = 3  # of fine-tuning
     lr: float = 1e-4  # its learning rate
@@ -66,7 +65,7 @@ class GradeSchool(Bench):
     """A Benchmark at work. Its base is fine-tuned once, and is that of all seeds."""
 
     def memory(self, name: str, *of: str) -> rollout.Memory:
-        """What is remembered under a name, of the settings that it depends on: all, unless they are named."""
+        """What is remembered under a name, of the settings it depends on: all, unless they are named."""
         settings = asdict(self.stage) | asdict(self.config) | {"config": None, "cuda_graph": None}
         settings = {key: Path(value).name if isinstance(value, str) else value  # elsewhere the files are elsewhere
                     for key, value in settings.items() if key in of or not of}
@@ -97,7 +96,7 @@ class GradeSchool(Bench):
         return super().load(str(memory.folder))
 
     def fine_tuned(self, model, tokenizer, memory: rollout.Memory):
-        """The model after cross-entropy on the worked solutions: they stand in a batch as if it had sampled them."""
+        """The model after cross-entropy on the worked solutions, as if it had sampled them."""
         stage, end = self.stage, rollout.stop_ids(model, tokenizer)[-1:]  # sampling ends at any of them
         texts = [(rollout.encode_prompt(tokenizer, problem.question, self.config.template),
                   tokenizer.encode(solution, add_special_tokens=False) + end)
@@ -130,7 +129,7 @@ class GradeSchool(Bench):
 
 
 def worked_solutions(source: str) -> list[tuple[Problem, str]]:
-    """The training problems, and what the base shall write: no notes for a calculator, and an answer to be read."""
+    """The training problems, and what the base shall write: no calculator's notes, an answer to be read."""
     found = []
     for n, row in enumerate(load_splits(source)["train"], 1):
         problem = row_problem(row, f"{source}, problem {n}", None, None)
@@ -150,12 +149,12 @@ def jobs(bench: GradeSchool, everything: bool) -> dict[str, Callable]:
         plan["control"] = partial(bench.ladder, "control", "control", ())
         for times in (1, TIMES):
             plan |= {f"grpo {times}× {lr:g}": partial(bench.grpo, lr, times) for lr in bench.stage.rates}
-        plan["temperature"] = partial(bench.temperatures, 0.7, GREEDY)
+        plan["temperature"] = partial(bench.temperatures, 0.7, 1e-3)  # the second is greedy
     return plan
 
 
 def told(outcome: Outcome, method: str) -> list[dict]:
-    """A method's rows for the table; of its paths over learning rates and updates only the most accurate policy."""
+    """A method's rows for the table; of paths over rates and updates only the most accurate policy."""
     rows = outcome.of(method)
     return [max(rows, key=lambda row: (row["accuracy"], row["at"]))] if rows and "lr" in rows[0] else rows
 
@@ -181,7 +180,7 @@ def table(seeds: list[Outcome]) -> str:
 
 
 def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
-    """Accuracy against KL on both sets: all ways, thin; what the table tells, large, with its interval; the limits."""
+    """Accuracy against KL on both sets: all ways, thin; what the table tells, large; the limits."""
     figure = Figure(figsize=(14, 5.2), layout="constrained")
     for axes, which, name in zip(figure.subplots(1, 2), ("", "other_"), names):
         for outcome in seeds:

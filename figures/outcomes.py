@@ -33,7 +33,7 @@ class Outcome:
         return self.base + share * (1 - self.base)
 
     def limits(self, draws: int = 200) -> list[tuple[list[float], list[float]]]:
-        """The limit for pass rates drawn from what the base's samples leave open: Jeffreys' posterior."""
+        """The limit for pass rates drawn from Jeffreys' posterior: what the base's samples leave open."""
         torch.manual_seed(0)
         rates = Beta(self.right + 0.5, self.samples - self.right + 0.5).sample((draws,))
         return [kl.least_kl(one, points=400) for one in rates]
@@ -46,7 +46,7 @@ class Outcome:
         return self.of(method, **fields)[0]
 
     def paths(self, method: str) -> list[list[dict]]:
-        """The rows of a method path by path, each in the order in which it leads away from the base."""
+        """The rows of a method path by path, each as it leads away from the base."""
         paths: dict[tuple, list[dict]] = {}
         base = 1 if method == "temperature" else 0  # where on a path the base is
         for row in sorted(self.of(method), key=lambda row: abs(row["at"] - base)):
@@ -75,7 +75,7 @@ class Outcome:
         return self.least(level) / spent if math.isfinite(spent) else math.nan
 
     def worth(self, row: dict) -> float:
-        """KL efficiency of a single policy, at the accuracy that it has; 0 where that is not above the base's."""
+        """KL efficiency of a policy at its own accuracy; 0 where that is not above the base's."""
         return self.least(row["accuracy"]) / row["kl"] if row["accuracy"] > self.base else 0.0
 
     def still_rising(self) -> list[str]:
@@ -87,7 +87,7 @@ class Outcome:
 
 
 def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:
-    """x where the line through points (accuracy, x) first rises to an accuracy; infinite where it never does."""
+    """x where the line through points (accuracy, x) first rises to an accuracy; ∞ where it never does."""
     for (a0, x0), (a1, x1) in zip(points, points[1:]):
         if a0 < accuracy <= a1:
             return x0 + (accuracy - a0) / (a1 - a0) * (x1 - x0)
@@ -95,7 +95,7 @@ def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:
 
 
 def kl_on_path(path: list[dict], start: float, accuracy: float) -> float:
-    """KL where a path from the base (accuracy `start`) first reaches an accuracy, which goes linearly with √KL."""
+    """KL where a path from the base (accuracy `start`) first reaches an accuracy, linear in √KL."""
     roots = [(row["accuracy"], math.sqrt(max(0.0, row["kl"]))) for row in path]
     return first_crossing([(start, 0.0), *roots], accuracy) ** 2
 

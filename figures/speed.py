@@ -1,6 +1,6 @@
-"""What the sampler, the log-probs and a training pass cost, beside what one would write with transformers alone.
+"""What the sampler, the log-probs and a training pass cost, beside transformers alone.
 
-    python figures/speed.py --model path/to/SmolLM2-135M-Instruct      # without --model: the rows that need none
+    python figures/speed.py --model FOLDER     # of SmolLM2-135M-Instruct; without it, the rows that need none
 
 Times are medians of five pairs in turn: on a shared machine only ratios mean anything. Memory is the most over what the
 inputs take, in a process of its own. A GPU waits for launches where models are small, and for every synchronisation:
@@ -32,7 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Count(TorchDispatchMode):
-    """Counts what is computed inside it, views of tensors left out, and how often the host waits for a result."""
+    """Counts operations, views of tensors left out, and how often the host waits for a result."""
 
     operations = waits = 0
     waiting = "_local_scalar_dense nonzero _unique2 unique_dim unique_consecutive masked_select equal".split()
@@ -80,7 +80,7 @@ def in_turn(make: Callable) -> dict:
 
 
 def over_inputs(make: Callable, side: int) -> float:
-    """MiB; on a CPU under Linux, and not by ru_maxrss, which is inherited from the process that started this one."""
+    """MiB; on a CPU under Linux, and not by ru_maxrss, which is inherited from the parent process."""
     def peak() -> float:
         if DEVICE == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
@@ -124,7 +124,7 @@ def samplers(folder: str, questions: list[str], group: int, precision: torch.dty
 
 
 def passes(model, batch: rollout.Rollouts, reference=None) -> tuple[Callable, Callable]:
-    """Forward and backward of −mean log π, plus the exact KL to a `reference`: as erpd.py does it, and from logits."""
+    """Forward and backward of −mean log π, plus exact KL to a `reference`: as erpd.py does it, and from logits."""
     count, tokens = int(batch.length.sum()), int(batch.total_length.sum())
 
     def ours() -> int:
@@ -153,7 +153,7 @@ def passes(model, batch: rollout.Rollouts, reference=None) -> tuple[Callable, Ca
 
 
 def training(folder: str, questions: list[str], group: int, ends=True, with_kl=False) -> list[Callable]:
-    """As erpd.py trains; where no text ends, all rows are equally long, and nothing is saved on padding or copies."""
+    """As erpd.py trains; where no text ends, rows are equally long, and padding or copies save nothing."""
     model, _, stop, sample = policy(folder, questions, group)
     batch, reference = sample(90, stop=stop if ends else []), None
     if with_kl:  # on rows no two of which are alike
@@ -162,7 +162,7 @@ def training(folder: str, questions: list[str], group: int, ends=True, with_kl=F
 
 
 def output_layer(_, rows: int, with_kl=False, trained=False) -> tuple[Callable, Callable]:
-    """Of a Qwen3-0.6B without its layers, on rows of 128 tokens; `trained`: with the output embedding's gradient."""
+    """Of a Qwen3-0.6B without layers, on rows of 128 tokens; `trained`: the output embedding, too."""
     settings = Qwen3Config(vocab_size=151936, hidden_size=1024, num_hidden_layers=0, initializer_range=1 / 32)
     model, *reference = (Qwen3ForCausalLM(settings).to(DEVICE).requires_grad_(False) for _ in range(1 + with_kl))
     model.model.norm.requires_grad_(True)
