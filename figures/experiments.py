@@ -44,13 +44,8 @@ class Stage:
 
 
 def carries(question: str) -> int:
-    """Steps of a chain in which the units carry: where the embedded policy's habit can strike."""
-    total, *rest = (int(n) for n in question.rstrip("=").split("+"))
-    count = 0
-    for n in rest:
-        count += total % 10 + n % 10 >= 10
-        total += n
-    return count
+    """Steps of a chain in which the units pass a ten: where the embedded policy's habit can strike."""
+    return sum(int(n) % 10 for n in question.rstrip("=").split("+")) // 10
 
 
 class Combined(torch.nn.Module):
