@@ -149,7 +149,7 @@ def leads(o: Outcome) -> Iterator[tuple]:
 
 
 def by_seed(seeds: Iterable[Iterable[tuple]]) -> dict[tuple, list[float]]:
-    """The last of every tuple, of all seeds, by what stands before it."""
+    """The last of every tuple, by what stands before it."""
     values: dict[tuple, list[float]] = {}
     for found in seeds:
         for *what, value in found:

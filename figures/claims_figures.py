@@ -86,9 +86,10 @@ def frontier(figure: Figure, stages: Stages) -> str:
         band = np.sort(drawn, axis=1).mean(0)  # [200 draws, shares]
         axes.fill_betweenx(heights, band[4], band[-5], color=BLACK, alpha=0.2, linewidth=0)
         for method, (colour, marker, line, label) in LOOKS.items():
-            spent = np.array([[o.kl_at(method, o.level(share)) for o in outcomes if o.of(method)] for share in SHARES])
-            reached = np.isfinite(spent).all(1)  # by every seed that has it
-            if spent.size and reached.any():
+            some = [o for o in outcomes if o.of(method)]
+            spent = np.array([[o.kl_at(method, o.level(share)) for o in some] for share in SHARES])
+            reached = np.isfinite(spent).all(1)  # by every seed
+            if some and reached.any():
                 mean, half = means(spent[reached])
                 width = 2.4 if method == "erpd" else 1.2
                 axes.plot(mean, heights[reached], color=colour, linestyle=line, linewidth=width, marker=marker,
@@ -167,7 +168,7 @@ def rounds(figure: Figure, stages: Stages) -> str:
 
 
 def which_wins(figure: Figure, stages: Stages) -> str:
-    """The map: every stage that was run, by KL efficiency half of the way and by ceiling."""
+    """The map: every stage, by KL efficiency half of the way and by ceiling."""
     figure.set_size_inches(11, 1.5 + 0.9 * len(stages))
     looks = LOOKS | {"weights: sapo": (ORANGE, "v", "--", "SAPO, its weights towards the base")}
     measures = {"KL efficiency 1/2 of the way, where all seeds get there": lambda o, m: o.efficiency(m, o.levels[1]),
@@ -188,7 +189,7 @@ def which_wins(figure: Figure, stages: Stages) -> str:
 
 
 def draw(by_stage: Stages) -> None:
-    """The pictures of what has been run; the map once there is more than the two main stages."""
+    """The pictures of what has been run; the map where more than the main stages has."""
     def have(method: str, *names: str) -> Stages:
         found = {name: [o for o in by_stage.get(name, []) if o.of(method)] for name in names}
         return {f"{TITLES[name]}; {len(some)} seeds": some for name, some in found.items() if some}

@@ -39,8 +39,8 @@ class Stage:
     nll_least: int = 512  # of cross-entropy, the strongest
     budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students', nats; none: the round's
     everything: bool = True  # False: the frontier alone
-    all_weights: bool = True  # of a direct method's checkpoints are kept; False: the best one's
-    shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets than the default's
+    all_weights: bool = True  # of checkpoints are kept; False: the best one's
+    shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets
 
 
 def carries(question: str) -> int:
@@ -65,12 +65,14 @@ class Combined(torch.nn.Module):
     def forward(self, past_key_values=None, **inputs):
         caches = [None] * len(self.models)
         if past_key_values is not None:  # the layers of all models
-            share = len(past_key_values.layers) // len(self.models)
-            caches = [Cache(layers=past_key_values.layers[k * share:][:share]) for k in range(len(self.models))]
+            layers = past_key_values.layers
+            share = len(layers) // len(self.models)
+            caches = [Cache(layers=layers[k:k + share]) for k in range(0, len(layers), share)]
         outputs = [model(past_key_values=cache, **inputs) for model, cache in zip(self.models, caches)]
         logits = sum(w * kl.log_softmax(output.logits) for w, output in zip(self.weights, outputs))
         if past_key_values is None and outputs[0].past_key_values is not None:
-            past_key_values = Cache(layers=[layer for output in outputs for layer in output.past_key_values.layers])
+            layers = [layer for output in outputs for layer in output.past_key_values.layers]
+            past_key_values = Cache(layers=layers)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
@@ -160,7 +162,8 @@ class Bench:
             row = self.measure(model, self.config.curve_samples, **about, at=done, fallen=fallen)
             if self.stage.all_weights or row["accuracy"] > best:
                 best = row["accuracy"]
-                kept = (kept if self.stage.all_weights else {}) | {done: copy.deepcopy(model.state_dict())}
+                kept = kept if self.stage.all_weights else {}
+                kept[done] = copy.deepcopy(model.state_dict())
             if done >= least and row["accuracy"] <= last:
                 break
             last = row["accuracy_interval"][1]
@@ -178,7 +181,8 @@ class Bench:
 
     def temperatures(self, *values: float) -> None:
         for value in values:
-            self.measure(Combined([self.base], [1 / value]), method="temperature", path="temperature", at=value)
+            policy = Combined([self.base], [1 / value])
+            self.measure(policy, method="temperature", path="temperature", at=value)
 
     def steps_back(self, loss: str, kind: str) -> None:
         """The most accurate checkpoint of a loss, moved back towards the base by steps."""
@@ -211,7 +215,8 @@ class Bench:
                             loss=config.unlearn_loss, updates=config.unlearn_updates, seed=self.seed)
 
     def measure_unlearned(self) -> None:
-        self.measure(self.unlearned(*self.batch), method="unlearned", path="unlearned", at=self.config.unlearn_updates)
+        model = self.unlearned(*self.batch)
+        self.measure(model, method="unlearned", path="unlearned", at=self.config.unlearn_updates)
 
     @cached_property
     def log_unlearned(self) -> Tensor:
@@ -307,7 +312,7 @@ def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int
 
 
 def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
-    """Every job of a stage by name, in the order in which they build on one another."""
+    """Every job of a stage by name; later ones build on earlier ones."""
     stage = bench.stage
     plan: dict[str, Callable[[], object]] = {"base": bench.limit}
     for loss in ("sapo", "nll", "mse", "ce", "clip") if stage.everything else ("sapo", "nll"):

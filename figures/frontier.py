@@ -121,7 +121,7 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
 
 
 def read_run(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl. Exits with a line that names the folder where there are none."""
+    """The rows of a run's metrics.jsonl; without any, an exit that names the folder."""
     try:  # of an empty file JSON misses a value
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().strip().split("\n")]
     except (OSError, ValueError) as error:

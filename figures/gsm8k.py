@@ -3,8 +3,8 @@
     python figures/gsm8k.py --model HuggingFaceTB/SmolLM2-135M-Instruct --minutes 20   # again and again
     python figures/gsm8k.py --model FOLDER --quick                                     # 4 problems, on a CPU
 
-The base is the model after cross-entropy on the worked solutions of the training split but its last 1,500. The problems
-of these are for all methods. Every policy is measured on the test split and, untrained for, on SVAMP's.
+The base is the model after cross-entropy on the worked solutions of the training split but its last 1,500, which are
+for all methods. Every policy is measured on the test split and, untrained for, on SVAMP's.
 
 A job that has rows is not run again; fine-tuning and ERPD's rounds go on from their last pass. So it can be stopped at
 any moment and go on elsewhere, with --results and --folder as they are. The table and picture are of what is there.
@@ -78,7 +78,8 @@ class GradeSchool(Bench):
         if few := self.stage.shortest:
             sets = [sorted(items, key=lambda item: len(str(item)))[:few] for items in sets]
         self.solutions, held_out, self.others = sets
-        some, needed = [problem for problem, _ in self.solutions[-(self.stage.kept or 0):]], self.config.problems
+        some = [problem for problem, _ in self.solutions[-(self.stage.kept or 0):]]
+        needed = self.config.problems
         if len(some) < ROUNDS * needed:
             raise InputError(f"{self.config.data}: {ROUNDS} rounds take {ROUNDS * needed} problems; it has {len(some)}")
         random.Random(self.config.seed).shuffle(some)

@@ -62,7 +62,7 @@ class Outcome:
         return max((row["accuracy"] for row in self.of(method)), default=math.nan)
 
     def kl_at(self, method: str, accuracy: float) -> float:
-        """The least KL at which a path of the method reaches an accuracy; infinite where none does."""
+        """The least KL at which a path of the method reaches an accuracy; ∞ where none does."""
         return min((kl_on_path(path, self.base, accuracy) for path in self.paths(method)), default=math.inf)
 
     def least(self, accuracy: float) -> float:
@@ -70,7 +70,7 @@ class Outcome:
         return float(np.interp(accuracy, *self.limit, right=math.inf))
 
     def efficiency(self, method: str, level: float) -> float:
-        """KL of the limit over the method's KL at an accuracy; NaN where no path of it gets there."""
+        """KL of the limit over the method's at an accuracy; NaN where no path gets there."""
         spent = self.kl_at(method, level)
         return self.least(level) / spent if math.isfinite(spent) else math.nan
 
@@ -79,7 +79,7 @@ class Outcome:
         return self.least(row["accuracy"]) / row["kl"] if row["accuracy"] > self.base else 0.0
 
     def still_rising(self) -> list[str]:
-        """Paths of direct methods that end too early: above the last but one checkpoint's interval."""
+        """Direct methods' paths that end too early: above the last but one checkpoint's interval."""
         methods = dict.fromkeys(row["method"] for row in self.rows if "fallen" in row)
         ends = [path[-2:] for method in methods for path in self.paths(method) if len(path) > 1]
         return [f"{last['method']}, {last['path']}, update {last['at']}" for before, last in ends

@@ -3,7 +3,7 @@
     python figures/speed.py --model FOLDER     # of SmolLM2-135M-Instruct; without it, the rows that need none
 
 Times are medians of five pairs in turn: on a shared machine only ratios mean anything. Memory is the most over what the
-inputs take, in a process of its own. A GPU waits for launches where models are small, and for every synchronisation:
+inputs take, in a process of its own. A GPU waits for launches of small models, and for every synchronisation:
 both are counted, on any machine.
 """
 
@@ -204,7 +204,7 @@ if DEVICE == "cuda":
 
 
 def draw(rows: list[dict], picture: Path) -> None:
-    """Every ratio as a bar beside its goal: green where it is reached. Of operations, few are good."""
+    """Every ratio as a bar beside its goal: green where reached. Of operations, few are good."""
     figure = Figure(figsize=(9, 0.36 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     for y, row in enumerate(rows):
