@@ -1,12 +1,12 @@
 """The claims of Extreme Region Policy Distillation, measured and judged.
 
-    python figures/claims.py                # runs what is missing, draws the figures, prints the verdicts
-    python figures/claims.py --only         # draws and judges what is there
-    python figures/claims.py --quick        # draws, and runs one seed at a tenth of the size in a scratch folder
-    python figures/claims.py --model path/to/SmolLM2-135M-Instruct      # a language model's small frontier, too
+    python figures/claims.py                  # runs what is missing, draws the figures, prints the verdicts
+    python figures/claims.py --only           # draws and judges what is there
+    python figures/claims.py --quick          # every job of one seed at a tenth of the size; keeps nothing
+    python figures/claims.py --model FOLDER   # with SmolLM2-135M-Instruct's small frontier
 
-What is asked, of which stage, and what paths, levels and KL efficiency are, stands in figures/README.md ("What is
-asked"); `asked` below says the same of one seed, in code.
+What is asked of which stage, and what paths, levels and KL efficiency are, stands in figures/README.md; `asked` below
+says the same of one seed, in code.
 """
 
 import argparse
@@ -38,8 +38,6 @@ OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temp
              "weights: mse", "weights: nll", "logits: nll")
 
 
-# --------------------------------------------------------------------------------------------------------- the verdicts
-
 class Statistic(NamedTuple):
     claim: str
     what: str
@@ -48,14 +46,15 @@ class Statistic(NamedTuple):
     threshold: float
     every_seed: bool = True  # False: seeds without a value are left out
 
-    def interval(self) -> tuple[float, float]:
-        """(mean, half the width of its 95 % interval over seeds)."""
-        return mean_interval(self.values)
+    def interval(self) -> tuple[float, float, float]:
+        """(mean, low, high): the 95 % interval over seeds."""
+        mean, half = mean_interval(self.values)
+        return mean, mean - half, mean + half
 
     def met(self) -> bool:
-        mean, half = self.interval()
+        _, low, high = self.interval()
         complete = self.seeds == len(self.values) or not self.every_seed
-        return complete and (mean - half > self.threshold if self.above else mean + half < self.threshold)
+        return complete and (low > self.threshold if self.above else high < self.threshold)
 
     @property
     def seeds(self) -> int:
@@ -63,7 +62,7 @@ class Statistic(NamedTuple):
 
 
 def asked(o: Outcome, stage: str) -> Iterator[tuple]:
-    """What is asked of a seed: (claim, what, side, threshold, value). Of what it has not run nothing is asked."""
+    """(claim, what, side, threshold, value) of a seed. Of what it has not run nothing is asked."""
     sapo = o.of("sapo", lr=3e-5)
     best, last = peak(sapo), sapo[-1]
     if stage == "main":
@@ -106,8 +105,8 @@ def asked(o: Outcome, stage: str) -> Iterator[tuple]:
         for loss in ("sapo", "mse", "nll"):
             lead = several - o.worth(student(f"{loss}, contrast"))
             yield "C5", f"efficiency of sapo + mse + nll less that of {loss} alone", ">", 0, lead
-    if o.of("control"):
-        lead = efficiency[1] - o.efficiency("control", o.levels[1])
+    lead = efficiency[1] - o.efficiency("control", o.levels[1])
+    if not math.isnan(lead):  # where right completions are rare the control never gets there
         yield "C4", "e  efficiency 1/2 of the way, less that of Â in place of δ_t", ">", 0, lead
 
     rounds, imitated = ([row["accuracy"] for row in o.of(method)] for method in ("erpd rounds", "expert iteration"))
@@ -141,7 +140,7 @@ def peak(rows: list[dict], by: str = "accuracy") -> dict:
 
 
 def leads(o: Outcome) -> Iterator[tuple]:
-    """C3, d and e: (what, opponent, lead over it), where the closest opponent counts."""
+    """C3, d and e: (what, opponent, lead over it); the closest counts."""
     opponents = list(filter(o.of, OPPONENTS))
     for name, level in zip(LEVELS, o.levels):
         ours = o.efficiency("erpd", level)
@@ -152,7 +151,7 @@ def leads(o: Outcome) -> Iterator[tuple]:
 
 
 def by_seed(seeds: Iterable[Iterable[tuple]]) -> dict[tuple, list[float]]:
-    """The last of every tuple, of all seeds, by what stands before it."""
+    """The last of every tuple, by what stands before it."""
     values: dict[tuple, list[float]] = {}
     for found in seeds:
         for *what, value in found:
@@ -161,8 +160,7 @@ def by_seed(seeds: Iterable[Iterable[tuple]]) -> dict[tuple, list[float]]:
 
 
 def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
-    """Every statistic. The closest opponent is the one over which the lead is smallest, of those that can be compared
-    on 3 seeds."""
+    """Every statistic. The closest opponent: the smallest lead, of those that can be compared on 3 seeds."""
     found = []
     for stage in ("main", "rare"):
         seeds = by_stage.get(stage, [])
@@ -179,12 +177,10 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
 
 def shown(values: list[float], form: str = ".1%") -> str:
     """Mean and interval; in brackets the seeds that have a value, where not all do."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return "–"
-    mean, half = mean_interval(known)
-    interval = f" ± {half:{form}}" if len(known) > 1 else ""
-    return f"{mean:{form}}{interval}" + f" ({len(known)})" * (len(known) < len(values))
+    mean, half = mean_interval(values)
+    known = sum(not math.isnan(value) for value in values)
+    interval = f" ± {half:{form}}" if known > 1 else ""
+    return f"{mean:{form}}{interval}" + f" ({known})" * (known < len(values)) if known else "–"
 
 
 def report(by_stage: dict[str, list[Outcome]]) -> None:
@@ -192,8 +188,8 @@ def report(by_stage: dict[str, list[Outcome]]) -> None:
     found = statistics(by_stage)
     print(f"{'claim':10} {'statistic':76} {'seeds':>5} {'mean':>7} {'95 % interval':>17} {'asked':>8}")
     for s in found:
-        mean, half = s.interval()
-        print(f"{s.claim:10} {s.what:76} {s.seeds:5} {mean:7.3f} {mean - half:8.3f} –{mean + half:7.3f} "
+        mean, low, high = s.interval()
+        print(f"{s.claim:10} {s.what:76} {s.seeds:5} {mean:7.3f} {low:8.3f} –{high:7.3f} "
               f"{'>' if s.above else '<'} {s.threshold:<5.3g} {'met' if s.met() else 'missed'}")
     print()
     for claim in dict.fromkeys(s.claim for s in found):
@@ -205,9 +201,9 @@ def report(by_stage: dict[str, list[Outcome]]) -> None:
         print("KL efficiency", ", ".join(LEVELS), "of the way, and the ceiling")
         for method in ("erpd", "erpd, unlearned", "control", *OPPONENTS):
             if any(o.of(method) for o in seeds):
-                levels = [shown([o.efficiency(method, o.levels[k]) for o in seeds], ".2f") for k in range(len(LEVELS))]
-                ceiling = shown([o.best(method) for o in seeds])
-                print(f"{method:18}" + "".join(f"{cell:>18}" for cell in (*levels, ceiling)))
+                cells = [shown([o.efficiency(method, o.levels[k]) for o in seeds], ".2f") for k in range(len(LEVELS))]
+                cells.append(shown([o.best(method) for o in seeds]))
+                print(f"{method:18}" + "".join(f"{cell:>18}" for cell in cells))
         for method in ("erpd rounds", "unlearned rounds", "expert iteration", "rounds, share 0.5", "rounds, share 0.9"):
             for k, rows in enumerate(zip(*(o.of(method) for o in seeds if o.of(method))), 1):
                 accuracy, spent = ([row[what] for row in rows] for what in ("accuracy", "kl"))
@@ -220,62 +216,52 @@ def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
     """The verdicts for who reads them with a program: the tutorial does."""
     rows = []
     for s in statistics(by_stage):
-        mean, half = s.interval()
         bounds = {name: round(x, 4) if math.isfinite(x) else None
-                  for name, x in (("mean", mean), ("low", mean - half), ("high", mean + half))}
+                  for name, x in zip(("mean", "low", "high"), s.interval())}
         rows.append({"claim": s.claim, "what": s.what, **bounds, "above": s.above, "threshold": round(s.threshold, 4),
                      "met": s.met(), "seeds": s.seeds})
     path.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- what is run
-
-def config(seed: int, **more) -> erpd.Config:
-    """64 problems × 16 completions, 16 updates a pass, of the embedded policy, unless said otherwise."""
-    settings = {"model": TINY_BASE, "explore_lr": 3e-5, "explore_updates": 256, "unlearn_updates": 64,
-                "distill_updates": 256, "test_problems": 256, "test_samples": 8, "curve_samples": 4,
-                "limit_samples": 64}
-    return erpd.Config(**settings | more, seed=seed)
-
-
+# 64 problems × 16 completions, 16 updates a pass, of the embedded policy, unless said otherwise.
+config = partial(erpd.Config, model=TINY_BASE, explore_lr=3e-5, explore_updates=256, unlearn_updates=64,
+                 distill_updates=256, test_problems=256, test_samples=8, curve_samples=4, limit_samples=64)
 RARE = {"model": LONG_BASE, "operands": 8, "max_new_tokens": 128, "curve_samples": 2}
-CELLS = {"256 prompts": {"problems": 256}, "16 prompts": {"problems": 16}, "2 operands": {"operands": 2}}
-CARRIES = {"3 carries": (3,), "2 carries": (2,), "at most 1 carry": (0, 1)}
+# name: (settings, which carries)
+CELLS = {"256 prompts": ({"problems": 256}, ()), "16 prompts": ({"problems": 16}, ()),
+         "2 operands": ({"operands": 2}, ()), "3 carries": ({}, (3,)), "2 carries": ({}, (2,)),
+         "at most 1 carry": ({}, (0, 1))}
 
 
 def stages() -> list[Stage]:
     """Both main stages by seed, then the cells of the map."""
     found = []
     for seed in range(5):
-        found.append(Stage("main", config(seed), shares=(0.5, 0.9)))
-        found.append(Stage("rare", config(seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.6)))
+        found += [Stage("main", config(seed=seed), shares=(0.5, 0.9)),
+                  Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.6))]
     few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.4, 1.0, 1.8)}
-    for seed in range(3):
-        for name in (*CELLS, *CARRIES):
-            settings = config(seed, test_problems=128, **CELLS.get(name, {}))
-            found.append(Stage(name, settings, carries=CARRIES.get(name, ()), **few))
-    return found
+    return found + [Stage(name, config(seed=seed, test_problems=128, **settings), carries, **few)
+                    for seed in range(3) for name, (settings, carries) in CELLS.items()]
 
 
 def quick_stage() -> Stage:
     """All jobs of the main stage at a tenth of the size."""
-    settings = config(0, problems=6, explore_batch=16, distill_batch=16, explore_updates=16, unlearn_updates=4,
+    settings = config(seed=0, problems=6, explore_batch=16, distill_batch=16, explore_updates=16, unlearn_updates=4,
                       distill_updates=16, test_problems=24, limit_samples=16)
     return Stage("main", settings, least=32, most=64, nll_least=32, shares=(0.5,))
 
 
 def sums(folder: Path) -> dict[str, str]:
-    """Files of one-digit sums to train on (40 pairs of digits) and to test on (15 others), each pair in both orders.
-    """
+    """Files of one-digit sums: 40 pairs of digits to train on, 15 to test on, in both orders."""
     pairs = [(a, b) for a in range(10) for b in range(a, 10)]
     random.Random(0).shuffle(pairs)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"data": folder / "sums-train.jsonl", "test_data": folder / "sums-test.jsonl"}
+    files = {"data": str(folder / "sums-train.jsonl"), "test_data": str(folder / "sums-test.jsonl")}
     for file, some in zip(files.values(), (pairs[:40], pairs[40:])):
-        rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)}
-                for a, b in some + [(b, a) for a, b in some if a != b]]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {name: str(file) for name, file in files.items()}
+        both = some + [(b, a) for a, b in some if a != b]
+        rows = [json.dumps({"question": f"What is {a} + {b}?", "answer": str(a + b)}) for a, b in both]
+        Path(file).write_text("\n".join(rows) + "\n")
+    return files
 
 
 def language_model(model: str) -> list[Stage]:
@@ -285,43 +271,35 @@ def language_model(model: str) -> list[Stage]:
         "test_problems": 27, "test_samples": 4, "limit_samples": 16, "explore_lr": 1e-5, "explore_batch": 16,
         "explore_updates": 16, "unlearn_updates": 6, "distill_lr": 2e-5, "distill_batch": 8, "distill_updates": 24,
         "tokens_per_step": 1100, "sample_rows": 256, "precision": "bf16"}
-    return [Stage("SmolLM2", config(seed, model=model, **sums(SCRATCH), **settings), rates=(1e-5,), least=16,
+    return [Stage("SmolLM2", config(seed=seed, model=model, **sums(SCRATCH), **settings), rates=(1e-5,), least=16,
                   nll_least=16, most=64, budgets=(), everything=False) for seed in range(2)]
 
 
-def run(wanted: list[Stage], results: Path, folder: Path, workers: int) -> None:
-    """Run what is missing of the stages, `workers` side by side, each on one core, or on the GPU."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # read by the processes that start here
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        list(pool.map(partial(run_stage, results=results, folder=folder), wanted))
-
-
-# ----------------------------------------------------------------------------------------------------- the command line
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true",
-                        help="draw, and run one seed at a tenth of the size in a scratch folder")
-    parser.add_argument("--only", nargs="*", choices=["main", "rare", *CELLS, *CARRIES, "SmolLM2"], metavar="stage",
+    parser.add_argument("--quick", action="store_true", help="one seed at a tenth of the size; keeps nothing")
+    parser.add_argument("--only", nargs="*", choices=["main", "rare", *CELLS, "SmolLM2"], metavar="stage",
                         help="stages to run, by name; none at all: draw and judge what is there")
     parser.add_argument("--model", default="",
                         help="SmolLM2-135M-Instruct's folder or hub name, for its own small frontier")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1,
-                        help="stages side by side")
+                        help="stages side by side, each on one core, or on the GPU")
     arguments = parser.parse_args()
     if arguments.quick:
         with TemporaryDirectory() as scratch:
             results = Path(scratch) / "claims.jsonl"
-            run([quick_stage()], results, Path(scratch), 1)
+            run_stage(quick_stage(), results, Path(scratch))
             report(outcomes(results))
-    else:
-        every = stages() + (language_model(arguments.model) if arguments.model else [])
-        wanted = [stage for stage in every if arguments.only is None or stage.name in arguments.only]
-        run(wanted, RESULTS, SCRATCH, arguments.workers)
-        report(outcomes(RESULTS))
-        write_verdicts(outcomes(RESULTS), HERE / "results" / "verdicts.json")
-    claims_figures.draw(outcomes(RESULTS))
+        return
+    every = stages() + (language_model(arguments.model) if arguments.model else [])
+    wanted = [stage for stage in every if arguments.only is None or stage.name in arguments.only]
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # read by the processes that start here
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        list(pool.map(partial(run_stage, results=RESULTS, folder=SCRATCH), wanted))
+    found = outcomes(RESULTS)
+    report(found)
+    write_verdicts(found, HERE / "results" / "verdicts.json")
+    claims_figures.draw(found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The pictures of figures/claims.py: each draws on a figure what the stages have come to, and returns its title.
+"""The pictures of figures/claims.py: each draws on a figure, and returns its title.
 
-Bands and bars are 95 % intervals over seeds (Student's t). A method has the same colour and marker in all pictures.
+Bands and bars are 95 % intervals over seeds (Student's t). A method has one colour and marker in all pictures.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ LOOKS = {  # method → (colour, marker, line, label)
     "erpd": (VERMILION, "D", "-", "ERPD student"),
     "nll": (BLUE, "o", "-", "cross-entropy on the right completions"),
     "weights: nll": (BLUE, "v", "--", "cross-entropy, its weights towards the base"),
-    "grpo 8×": (SKY, "h", "-", "on-policy GRPO, 8× the rollouts"),
+    "grpo 8×": (PINK, "h", "-", "on-policy GRPO, 8× the rollouts"),
     "sapo": (ORANGE, "P", "-", "SAPO (the explorer)"),
     "control": ("grey", "d", ":", "stage 2 with Â in place of δ_t (the control)")}
 TITLES = {"main": "chains of 4 numbers, the base right a third of the time",
@@ -37,7 +37,7 @@ def means(columns) -> np.ndarray:
 
 
 def banded(axes, x, values, **look) -> None:
-    """A line of means over seeds, from their values [points, seeds], with the band of its interval."""
+    """A line of means over seeds, from values [points, seeds], with its band."""
     mean, half = means(values)
     axes.plot(x, mean, **look)
     axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, linewidth=0)
@@ -45,9 +45,10 @@ def banded(axes, x, values, **look) -> None:
 
 def extreme_region(figure: Figure, stages: Stages) -> str:
     figure.set_size_inches(9, 6)
-    outcomes = stages["main"]
+    outcomes, = stages.values()
     methods = {"sapo": (ORANGE, "SAPO, no constraint"), "clip": (BLACK, "clip"),
-               "clip + KL 0.2": (BLUE, "clip, KL penalty 0.2"), "clip + KL 1": (GREEN, "clip, KL penalty 1")}
+               "clip + KL 0.2": (BLUE, "clip, KL penalty 0.2"), "clip + KL 1": (GREEN, "clip, KL penalty 1"),
+               "sapo + KL 0.2": (PINK, "SAPO, KL penalty 0.2")}
     panels = {"accuracy": "right completions, held out (higher is better)",
               "kl": "KL(π‖π₀), nats a completion (lower is closer)", "entropy": "entropy, nats a token",
               "fallen": "stored completions whose probability fell by e⁵"}
@@ -60,27 +61,26 @@ def extreme_region(figure: Figure, stages: Stages) -> str:
         axes.set_title(title)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        if what == "kl":
-            axes.set_yscale("log")
-        if what in ("accuracy", "fallen"):
-            percent(axes.yaxis)
-    accuracy, _, entropy, fallen = figure.axes
+    accuracy, spent, entropy, fallen = figure.axes
+    spent.set_yscale("log")
+    percent(accuracy.yaxis)
+    percent(fallen.yaxis)
     accuracy.axhline(np.mean([o.base for o in outcomes]), **BASE, label="base")
     entropy.axhline(np.mean([o.entropy for o in outcomes]), **BASE)
     fallen.legend(*accuracy.get_legend_handles_labels(), loc="upper left")
     for axes in (entropy, fallen):
         axes.set_xlabel("updates on the stored batch (16 a pass)")
-    return ("Without a constraint the explorer rises first, then drifts and falls; "
-            f"the tighter the constraint, the lower it stays ({len(outcomes)} seeds)")
+    return ("Without a constraint the explorer rises, then drifts and falls; clipped reuse stays low, "
+            f"a KL penalty alone lets it rise on (learning rate 3e-5, {len(outcomes)} seeds)")
 
 
 def frontier(figure: Figure, stages: Stages) -> str:
     figure.set_size_inches(6.5 * len(stages), 5.4)
     panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
-    for axes, (name, outcomes) in zip(panels, stages.items()):
+    for axes, (title, outcomes) in zip(panels, stages.items()):
         base = np.mean([o.base for o in outcomes])
         heights = base + SHARES * (1 - base)
-        # The limit of the mean pass rates, and the band of what the base's samples leave open of them.
+        # The mean limit, and the band of what the base's samples leave open of it.
         limit, _ = means([o.least(o.level(share)) for o in outcomes] for share in SHARES)
         axes.plot(limit, heights, **LIMIT, label="the limit: no policy can be to the left")
         drawn = [[np.interp(o.level(SHARES), *one, right=np.inf) for one in o.limits()] for o in outcomes]
@@ -98,22 +98,22 @@ def frontier(figure: Figure, stages: Stages) -> str:
                 left = np.maximum(1e-4, mean - half)
                 axes.fill_betweenx(heights[reached], left, mean + half, color=colour, alpha=0.12, linewidth=0)
         axes.axhline(base, **BASE)
-        axes.text(0.011, base + 0.006, "base", fontsize=8, color="grey")
-        axes.set(xscale="log", xlim=(0.01, 8), title=f"{TITLES[name]}; {len(outcomes)} seeds",
+        axes.text(7.6, base + 0.006, "base", fontsize=8, color="grey", ha="right")
+        axes.set(xscale="log", xlim=(0.01, 8), title=title,
                  xlabel="KL(π‖π₀) to reach it, on the policy's own samples, nats a completion (log)")
         axes.xaxis.set_major_formatter("{x:g}")
         percent(axes.yaxis)
     figure.axes[0].set_ylabel("right completions, held out")
     figure.axes[0].legend(loc="upper left")
     return ("Cross-entropy moved back keeps up with the student; "
-            "what the token signal adds is over the outcome, most where right completions are rare")
+            "what the token signal beats, in the same trust region, is the bare outcome Â")
 
 
 def weak_teachers(figure: Figure, stages: Stages) -> str:
-    """Students at one budget beside their teachers, from the weakest teacher up; the combined one has no accuracy."""
+    """Students at one budget beside their teachers, the weakest first; the combined one has no accuracy."""
     figure.set_size_inches(7.5 * len(stages), 5)
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
-    for axes, (name, outcomes) in zip(panels, stages.items()):
+    for axes, (title, outcomes) in zip(panels, stages.items()):
         labels, teachers, students = [], [], []
         for row in outcomes[0].of("student"):
             labels.append(f"{row['path']}, {row['at']} updates" if row["at"] else row["path"])
@@ -130,7 +130,7 @@ def weak_teachers(figure: Figure, stages: Stages) -> str:
         axes.axvline(np.mean([o.base for o in outcomes]), **BASE, label="base")
         control = [o.one("control", at=row["budget"])["accuracy"] for o in outcomes if o.of("control")]
         axes.axvline(np.mean(control), color="grey", linewidth=1, linestyle="--", label="Â in place of δ_t")
-        axes.set(xlim=(0, 1), title=f"{TITLES[name]}; {len(outcomes)} seeds",
+        axes.set(xlim=(0, 1), title=title,
                  xlabel=f"right completions, held out; students with a KL budget of {row['budget']:g}")
         percent(axes.xaxis)
         axes.legend(loc="upper left")
@@ -142,17 +142,16 @@ def rounds(figure: Figure, stages: Stages) -> str:
     figure.set_size_inches(11, 4.4 * len(stages))
     looks = {"erpd rounds": (VERMILION, "D", "-", "ERPD, 4 rounds of 1,024 rollouts, budget from the limit"),
              "expert iteration": (BLUE, "o", "--", "expert iteration under the same budgets"),
-             "grpo 8×": (SKY, "h", "-", "on-policy GRPO, best learning rate"),
+             "grpo 8×": (PINK, "h", "-", "on-policy GRPO, best learning rate"),
              "grpo, then erpd": (GREEN, "^", "--", "one ERPD round after GRPO")}
     panels = figure.subplots(len(stages), 2, sharey="row", squeeze=False)
-    for (left, right), (name, outcomes) in zip(panels, stages.items()):
+    for (left, right), (title, outcomes) in zip(panels, stages.items()):
         for method, (colour, marker, line, label) in looks.items():
             some = [o for o in outcomes if o.of(method)]
             paths = [[o.one("base") | {"rollouts": 0}, *o.best_path(method)] for o in some]
             if method == "grpo, then erpd":
                 paths = [[o.best_path("grpo 8×")[-1], o.one(method)] for o in some]
-            points = list(zip(*paths))
-            if points:
+            if points := list(zip(*paths)):
                 accuracy, spent = ([[row[what] for row in rows] for rows in points] for what in ("accuracy", "kl"))
                 look = {"color": colour, "marker": marker, "linestyle": line, "label": label}
                 banded(left, [rows[0]["rollouts"] for rows in points], accuracy, **look)
@@ -160,8 +159,8 @@ def rounds(figure: Figure, stages: Stages) -> str:
         base = np.mean([o.base for o in outcomes])
         limit, _ = means([o.least(o.level(share)) for o in outcomes] for share in SHARES)
         right.plot(limit, base + SHARES * (1 - base), **LIMIT, label="the limit")
-        left.set(xlabel="rollouts that were used to train", ylabel="right completions, held out", ylim=(0, 1.02),
-                 title=f"{TITLES[name]}; {len(outcomes)} seeds")
+        left.set(title=title, ylim=(0, 1.02), xlabel="rollouts that were used to train",
+                 ylabel="right completions, held out")
         right.set(xlabel="KL(π‖π₀) to the first base, nats a completion", xlim=(0, None))
         left.legend(*right.get_legend_handles_labels(), loc="lower right")
         percent(left.yaxis)
@@ -170,7 +169,7 @@ def rounds(figure: Figure, stages: Stages) -> str:
 
 
 def which_wins(figure: Figure, stages: Stages) -> str:
-    """The map: every stage that was run, by KL efficiency half of the way and by ceiling."""
+    """The map: every stage, by KL efficiency half of the way and by ceiling."""
     figure.set_size_inches(11, 1.5 + 0.9 * len(stages))
     looks = LOOKS | {"weights: sapo": (ORANGE, "v", "--", "SAPO, its weights towards the base")}
     measures = {"KL efficiency 1/2 of the way, where all seeds get there": lambda o, m: o.efficiency(m, o.levels[1]),
@@ -191,10 +190,10 @@ def which_wins(figure: Figure, stages: Stages) -> str:
 
 
 def draw(by_stage: Stages) -> None:
-    """The pictures of what has been run; the map once there is more than the two main stages."""
+    """The pictures of what has been run; the map where more than the main stages has."""
     def have(method: str, *names: str) -> Stages:
         found = {name: [o for o in by_stage.get(name, []) if o.of(method)] for name in names}
-        return {name: some for name, some in found.items() if some}
+        return {f"{TITLES[name]}; {len(some)} seeds": some for name, some in found.items() if some}
 
     cells = {name: some for name, some in by_stage.items() if name != "SmolLM2"}
     pictures = {extreme_region: have("clip + KL 1", "main"), frontier: have("erpd", *TITLES),

@@ -37,20 +37,15 @@ class Stage:
     least: int = 256  # updates of a direct method before it may stop, and the most there are
     most: int = 2048
     nll_least: int = 512  # of cross-entropy, the strongest
-    budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students' ladder, nats a completion; none: the round's
+    budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students', nats; none: the round's
     everything: bool = True  # False: the frontier alone
-    all_weights: bool = True  # of a direct method's checkpoints are kept; False: the best one's
-    shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets than the default's
+    all_weights: bool = True  # of checkpoints are kept; False: the best one's
+    shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets
 
 
 def carries(question: str) -> int:
-    """Steps of a chain in which the units carry: where the embedded policy's habit can strike."""
-    total, *rest = (int(n) for n in question.rstrip("=").split("+"))
-    count = 0
-    for n in rest:
-        count += total % 10 + n % 10 >= 10
-        total += n
-    return count
+    """Steps of a chain in which the units pass a ten: where the embedded policy's habit can strike."""
+    return sum(int(n) % 10 for n in question.rstrip("=").split("+")) // 10
 
 
 class Combined(torch.nn.Module):
@@ -61,35 +56,28 @@ class Combined(torch.nn.Module):
 
     def __init__(self, models, weights):
         super().__init__()
-        self.models, self.weights = torch.nn.ModuleList(models), weights
+        self.models, self.weights, self.device = torch.nn.ModuleList(models), weights, models[0].device
         self.config, self.generation_config = models[0].config, models[0].generation_config
-
-    @property
-    def device(self):
-        return self.models[0].device
 
     def get_output_embeddings(self):
         return None  # the logits are no linear layer's
 
     def forward(self, past_key_values=None, **inputs):
         caches = [None] * len(self.models)
-        if past_key_values is not None:
+        if past_key_values is not None:  # the layers of all models
             layers = past_key_values.layers
             share = len(layers) // len(self.models)
             caches = [Cache(layers=layers[k:k + share]) for k in range(0, len(layers), share)]
         outputs = [model(past_key_values=cache, **inputs) for model, cache in zip(self.models, caches)]
         logits = sum(w * kl.log_softmax(output.logits) for w, output in zip(self.weights, outputs))
-        if outputs[0].past_key_values is not None and past_key_values is None:
+        if past_key_values is None and outputs[0].past_key_values is not None:
             layers = [layer for output in outputs for layer in output.past_key_values.layers]
             past_key_values = Cache(layers=layers)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
 class Bench:
-    """One stage at work: its policies, problems and measurements; then the direct methods, ERPD and rounds.
-
-    `folder` keeps what is only a means: weights of checkpoints.
-    """
+    """One stage at work: its policies, problems, measurements and jobs. `folder` keeps weights of checkpoints."""
 
     def __init__(self, stage: Stage, folder: Path, rows: list[dict]):
         self.stage, self.config, self.folder, self.rows = stage, stage.config, folder, rows
@@ -131,7 +119,7 @@ class Bench:
                                 tokens_per_step=self.config.tokens_per_step, **self.config.sampling)
 
     def measure(self, model, samples: int | None = None, **about) -> dict:
-        """A row: the policy's accuracy and KL to the first base on fresh samples of its own, and `about` it."""
+        """A row: accuracy and KL to the first base on fresh samples of the policy, and `about` it."""
         numbers = self.evaluate(model, self.held_out, samples or self.config.test_samples)
         if model is not self.base:
             numbers.pop("pass_rates")
@@ -157,8 +145,7 @@ class Bench:
 
     def until_it_stops(self, loss: str, lr: float, kl_coef: float = 0.0) -> None:
         """A direct method, measured each time that its updates have doubled, until its accuracy has stopped rising:
-        after `least` updates or more it is not above the last checkpoint's 95 % interval.
-        """
+        after `least` updates or more it is not above the last checkpoint's 95 % interval."""
         config = replace(self.config, explore_lr=lr, kl_coef=kl_coef)
         about = {"method": loss, "path": f"lr {lr:g}", "lr": lr, "kl_coef": kl_coef, "rollouts": len(self.rollouts)}
         if kl_coef:
@@ -171,12 +158,12 @@ class Bench:
                                  seed=self.seed + done, start=start)
             done += updates
             log_ratio = ((self.score(model) - self.rollouts.log_probs) * self.rollouts.mask).sum(1)
-            fallen = (log_ratio < -5).float().mean().item()  # stored completions whose probability fell by e^5
+            fallen = (log_ratio < -5).float().mean().item()  # those whose probability fell by e^5
             row = self.measure(model, self.config.curve_samples, **about, at=done, fallen=fallen)
             if self.stage.all_weights or row["accuracy"] > best:
+                best = row["accuracy"]
                 kept = kept if self.stage.all_weights else {}
                 kept[done] = copy.deepcopy(model.state_dict())
-                best = row["accuracy"]
             if done >= least and row["accuracy"] <= last:
                 break
             last = row["accuracy_interval"][1]
@@ -198,7 +185,7 @@ class Bench:
             self.measure(policy, method="temperature", path="temperature", at=value)
 
     def steps_back(self, loss: str, kind: str) -> None:
-        """The most accurate checkpoint of a loss, moved back towards the base; last, the checkpoint itself."""
+        """The most accurate checkpoint of a loss, moved back towards the base by steps."""
         best = max((row for row in self.rows if row["method"] == loss), key=lambda row: row["accuracy"])
         model = self.checkpoint(loss, best["lr"], best["at"])
         for share in (0.25, 0.5, 0.75, 0.9, 1.0):
@@ -208,7 +195,7 @@ class Bench:
             self.measure(between, method=f"{kind}: {loss}", path=f"lr {best['lr']:g}, update {best['at']}", at=share)
 
     def grpo(self, lr: float, times: int) -> None:
-        """On-policy GRPO with `times` as many rollouts as the stored batch, measured from a quarter of them on."""
+        """On-policy GRPO with `times` the stored batch's rollouts, measured from a quarter of them on."""
         config, problems = replace(self.config, explore_lr=lr), self.problems[:self.config.problems * times]
         steps = -(-len(problems) // max(1, config.explore_batch // config.group))
         method = "grpo" if times == 1 else f"grpo {times}×"
@@ -237,15 +224,13 @@ class Bench:
         return self.score(self.unlearned(*self.batch))
 
     def signal(self, kind: str = "contrast", loss: str = "sapo", lr: float = 0.0, at: int = 0) -> Tensor:
-        """δ_t [B, T] of an explorer's checkpoint, by default SAPO's after `least` updates; the control's is Â."""
+        """δ_t [B, T] of a checkpoint, by default SAPO's after `least` updates; the control's is Â."""
         if kind == "control":
             return self.batch[1][:, None] * self.rollouts.mask
-        teacher, unlearned = None, None
+        teacher = None
         if kind != "unlearned":
             teacher = self.score(self.checkpoint(loss, lr or self.config.explore_lr, at or self.stage.least))
-        if kind != "teacher":
-            unlearned = self.log_unlearned
-        return erpd.token_signal(kind, self.rollouts.log_probs, teacher, unlearned)
+        return erpd.token_signal(kind, self.rollouts.log_probs, teacher, self.log_unlearned)
 
     def student(self, signal: Tensor, budget: float, **about) -> None:
         """Stage 2 as in erpd.one_round, at a budget."""
@@ -261,7 +246,7 @@ class Bench:
             self.student(signal, budget, method=method, path=kind)
 
     def teachers(self) -> None:
-        """Students of teachers from strong to collapsed, by every signal, at one budget; and of several teachers."""
+        """Students of teachers from strong to collapsed, at one budget; and of several teachers."""
         least, slow, fast = self.stage.least, self.config.explore_lr, self.stage.rates[-2]
         student = partial(self.student, budget=self.stage.budgets[1], method="student")
         several = [("sapo", slow, least), ("mse", fast, least // 2), ("nll", fast, self.stage.nll_least)]
@@ -276,24 +261,22 @@ class Bench:
         student(combined, path=f"{names}, contrast", kind="contrast", teacher=names, at=0)
 
     def crossed(self) -> None:
-        """The contrast, where each half of the problems is scored by teachers that saw only the other half."""
+        """The contrast; teachers that saw one half of the problems score the other."""
         rollouts, advantage = self.batch
         signal = torch.zeros_like(rollouts.log_probs)
         first = rollouts.groups < self.config.problems // 2
         for mine, other in ((first, ~first), (~first, first)):
-            seen, scored = rollouts.select(mine.nonzero()[:, 0]), rollouts.select(other.nonzero()[:, 0])
-            teacher = erpd.explore(self.base, seen, advantage[mine], self.config, loss="sapo", seed=self.seed,
-                                   updates=self.config.explore_updates)
-            unlearned = self.unlearned(seen, advantage[mine])
-            half = erpd.token_signal("contrast", scored.log_probs, self.score(teacher, scored),
-                                     self.score(unlearned, scored))
+            seen, scored = (rollouts.select(mine), advantage[mine]), rollouts.select(other)
+            teacher = erpd.explore(self.base, *seen, self.config, loss="sapo", updates=self.config.explore_updates,
+                                   seed=self.seed)
+            half = self.score(teacher, scored) - self.score(self.unlearned(*seen), scored)
             signal[other, :half.shape[1]] = half
         self.student(signal, self.stage.budgets[1], method="student", path="sapo, contrast, crossed", kind="crossed",
                      teacher="sapo", lr=self.config.explore_lr, at=self.stage.least)
 
     def rounds(self, method: str, one: Callable = erpd.one_round, count: int = 4, base=None,
                problems: list[Problem] | None = None, before: int = 0, **settings) -> None:
-        """Rounds, each with new problems and the budget of its own limit; `before`: rollouts that `base` took."""
+        """Rounds with new problems and the budget of their own limit; `before`: rollouts that `base` took."""
         base, problems, told = base or self.base, problems or self.problems, {}
         size, config = self.config.problems, replace(self.config, kl_budget="auto", **settings)
         for k in range(count):
@@ -303,7 +286,7 @@ class Bench:
                          rollouts=before + (k + 1) * size * config.group)
 
     def after_grpo(self) -> None:
-        """One round of ERPD from where eight times the rollouts of GRPO ended, on its last problems."""
+        """One round of ERPD from where GRPO with eight times the rollouts ended, on its last problems."""
         best = max((row for row in self.rows if row["method"] == "grpo 8×"),
                    key=lambda row: (row["rollouts"], row["accuracy"]))
         base = self.policy(f"grpo-{best['lr']:g}-8", partial(self.grpo, best["lr"], 8))
@@ -319,7 +302,7 @@ def round_with(share: float, base, tokenizer, problems, config: erpd.Config, *, 
 
 
 def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int, watch: Callable, others):
-    """Expert iteration: cross-entropy on the right completions, its weights moved back to the same budget."""
+    """Expert iteration: cross-entropy on the right completions, moved back to the same budget."""
     rollouts, advantage = erpd.stored_batch(base, tokenizer, problems, config, seed)
     updates = 3 * config.explore_updates // 2
     model = erpd.explore(base, rollouts, advantage, config, loss="nll", updates=updates, seed=seed)
@@ -330,7 +313,7 @@ def imitation_round(base, tokenizer, problems, config: erpd.Config, *, seed: int
 
 
 def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
-    """Every job of a stage by name, in the order in which they build on one another."""
+    """Every job of a stage by name; later ones build on earlier ones."""
     stage = bench.stage
     plan: dict[str, Callable[[], object]] = {"base": bench.limit}
     for loss in ("sapo", "nll", "mse", "ce", "clip") if stage.everything else ("sapo", "nll"):
@@ -363,7 +346,7 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
 
 def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench,
               plan: Callable[[Bench], dict[str, Callable]] = jobs, until: float = math.inf) -> None:
-    """Run the missing jobs of a stage; their rows go to `results`. None begins after time.monotonic() = `until`."""
+    """Run a stage's missing jobs; their rows go to `results`. None begins after time.monotonic() = `until`."""
     key, mine = f"{stage.name}-s{stage.config.seed}", {"stage": stage.name, "seed": stage.config.seed}
     done = [row for row in measured(results) if mine.items() <= row.items()]
     bench = at(stage, folder / key, list(done))
@@ -376,7 +359,7 @@ def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench
                 work()
             rows = [mine | {"job": name} | row for row in bench.rows[before:]]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            with open(results, "ab", buffering=0) as file:  # one write: stages side by side append whole jobs
+            with open(results, "ab", buffering=0) as file:  # one write: stages append whole jobs
                 file.write("".join(lines).encode())
         print(f"{key}: {name}", file=sys.stderr)
 

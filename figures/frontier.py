@@ -43,7 +43,7 @@ def ends(rows: Sequence[dict]) -> list[dict]:
 
 
 def ways(rows: Sequence[dict]) -> dict[str, list[list[dict]]]:
-    """The rows by policy, its way in each round by itself, from where the round begins: the end of the one before."""
+    """The rows by policy and round, each way from where its round begins: the end of the one before."""
     last = {row["round"]: row for row in rows}
     found: dict[str, dict[int, list[dict]]] = {}
     for row in rows[1:]:
@@ -63,8 +63,13 @@ def legend(axes, on=None, **look) -> None:
     (on or axes).legend(once.values(), once.keys(), **look)
 
 
+def line(axes, rows: Sequence[dict], which: str = "", **look) -> None:
+    """Policies one after the other; `which` stands before the names of their numbers."""
+    axes.plot([row[which + "kl"] for row in rows], [row[which + "accuracy"] for row in rows], **look)
+
+
 def point(axes, row: dict, which: str = "", **look) -> None:
-    """A policy with its interval; `which` stands before the names of its numbers."""
+    """A policy with its interval."""
     accuracy, (low, high) = row[which + "accuracy"], row[which + "accuracy_interval"]
     axes.errorbar(row[which + "kl"], accuracy, [[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]],
                   linestyle="none", **look)
@@ -72,7 +77,7 @@ def point(axes, row: dict, which: str = "", **look) -> None:
 
 def kl_axis(axes, furthest: float) -> None:
     """x from 0 to the furthest KL, nats a completion."""
-    # KL is quadratic in the distance from the base, so that on this scale a straight way is a straight line.
+    # KL is quadratic in the distance from the base: on this scale a straight way is straight.
     axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
     end = 1.1 * max(0.2, furthest)
     ticks = [tick for tick in (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= end]
@@ -82,11 +87,11 @@ def kl_axis(axes, furthest: float) -> None:
 
 
 def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
-    """The rows of each run by its name: every policy's way in each round, thin; its ends, large, with their intervals;
-    the way of what goes from round to round, thick; and the limit.
+    """The rows of each run by its name, the base's first: every policy's way in each round, thin; its ends, large,
+    with their intervals; the way of what goes from round to round, thick; and the limit.
 
     The limit, the least KL at which any policy can have an accuracy, is that of the base's pass rates, smoothed, so
-    that a problem which no sample solved is no wall. The first row is the base's.
+    that a problem which no sample solved is no wall.
     """
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -95,14 +100,12 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
         before = f"{run}: " if len(runs) > 1 else ""
         point(axes, rows[0], capsize=3, color="black", marker="*", markersize=10, label=before + "base")
         for (name, of_rounds), (colour, marker) in zip(ways(rows).items(), looks):
-            for k, way in enumerate(of_rounds):
-                axes.plot([row["kl"] for row in way], [row["accuracy"] for row in way], color=colour, marker=marker,
-                          markersize=3, linewidth=1, alpha=0.6)
+            for way in of_rounds:
+                line(axes, way, color=colour, marker=marker, markersize=3, linewidth=1, alpha=0.6)
                 point(axes, way[-1], capsize=3, color=colour, marker=marker, markersize=7, label=before + name)
             if len(of_rounds) > 1 and way[-1] is rows[-1]:  # the policy that the next round begins with
                 ends_of_rounds = [rows[0], *(way[-1] for way in of_rounds)]
-                axes.plot([row["kl"] for row in ends_of_rounds], [row["accuracy"] for row in ends_of_rounds],
-                          color=colour, linewidth=2.5)
+                line(axes, ends_of_rounds, color=colour, linewidth=2.5)
                 for k, row in enumerate(ends_of_rounds[1:], 1):
                     axes.annotate(str(k), (row["kl"], row["accuracy"]), xytext=(-4, 9), textcoords="offset points")
     bases = {tuple(rows[0]["pass_rates"]): rows[0]["samples"] for rows in runs.values()}  # each once
@@ -119,16 +122,12 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
 
 
 def read_run(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl. Exits with a line that names the folder where there are none."""
-    try:
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        if rows:
-            return rows
-        reason = "its metrics.jsonl is empty"
+    """The rows of a run's metrics.jsonl; without any, an exit that names the folder."""
+    try:  # of an empty file JSON misses a value
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().strip().split("\n")]
     except (OSError, ValueError) as error:
-        reason = error
-    print(f"frontier.py: {folder} is no run of erpd.py: {reason}", file=sys.stderr)
-    sys.exit(2)
+        print(f"frontier.py: {folder} is no run of erpd.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

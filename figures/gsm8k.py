@@ -1,10 +1,10 @@
 """GSM8K with a small language model: ERPD and its opponents where right completions are rare.
 
-    python figures/gsm8k.py --model HuggingFaceTB/SmolLM2-135M-Instruct --minutes 20     # again and again, to its end
-    python figures/gsm8k.py --model path/to/SmolLM2-135M-Instruct --quick                # 4 problems, on a CPU
+    python figures/gsm8k.py --model HuggingFaceTB/SmolLM2-135M-Instruct --minutes 20   # again and again
+    python figures/gsm8k.py --model FOLDER --quick                                     # 4 problems, on a CPU
 
-The base is the model after cross-entropy on the worked solutions of the training split but its last 1,500. The problems
-of these are for all methods. Every policy is measured on the test split and, untrained for, on SVAMP's.
+The base is the model after cross-entropy on the worked solutions of the training split but its last 1,500, which are
+for all methods. Every policy is measured on the test split and, untrained for, on SVAMP's.
 
 A job that has rows is not run again; fine-tuning and ERPD's rounds go on from their last pass. So it can be stopped at
 any moment and go on elsewhere, with --results and --folder as they are. The table and picture are of what is there.
@@ -32,12 +32,11 @@ import erpd  # noqa: E402
 import rollout  # noqa: E402
 from figures.claims_figures import BLACK, BLUE, GREEN, LIMIT, ORANGE, PINK, SKY, VERMILION  # noqa: E402
 from figures.experiments import Bench, Stage, run_stage  # noqa: E402
-from figures.frontier import kl_axis, legend, percent, point  # noqa: E402
+from figures.frontier import kl_axis, legend, line, percent, point  # noqa: E402
 from figures.outcomes import Outcome, outcomes  # noqa: E402
 from rewards import InputError, Problem, load_problems, load_splits, reward, row_problem  # noqa: E402
 
 ROUNDS, TIMES = 2, 4  # rounds of ERPD; rounds whose rollouts the longer GRPO takes
-GREEDY = 1e-3  # a temperature at which the likeliest token has all of the probability
 METHODS = {  # method → (label, colour, marker)
     "base": ("the base", BLACK, "o"),
     "temperature": ("the base at a temperature", PINK, "*"),
@@ -56,7 +55,7 @@ class Benchmark(Stage):
     """`config.model` is fine-tuned on `config.data` first."""
 
     other: str = ""  # a set to measure on besides
-    kept: int | None = 1500  # of the training problems, the last, are not the base's; none: methods have the base's own
+    kept: int | None = 1500  # last problems, which are not the base's; none: it has all
     shortest: int | None = None  # of each set only so many, the shortest; none: all
     passes: int = 3  # of fine-tuning
     lr: float = 1e-4  # its learning rate
@@ -66,7 +65,7 @@ class GradeSchool(Bench):
     """A Benchmark at work. Its base is fine-tuned once, and is that of all seeds."""
 
     def memory(self, name: str, *of: str) -> rollout.Memory:
-        """What is remembered under a name, of the settings that it depends on: all, unless they are named."""
+        """What is remembered under a name, of the settings it depends on: all, unless they are named."""
         settings = asdict(self.stage) | asdict(self.config) | {"config": None, "cuda_graph": None}
         settings = {key: Path(value).name if isinstance(value, str) else value  # elsewhere the files are elsewhere
                     for key, value in settings.items() if key in of or not of}
@@ -74,19 +73,17 @@ class GradeSchool(Bench):
 
     def draw(self) -> tuple[list[Problem], list[Problem]]:
         """(problems to train on, those of the test split); those of the other set are `others`."""
-        self.solutions = self.shortest(worked_solutions(self.config.data), lambda both: both[0].question + both[1])
-        held_out, self.others = (self.shortest(load_problems(source, "test", divide=False), lambda p: p.question)
-                                 for source in (self.config.test_data, self.stage.other))
-        needed = self.config.problems
+        tests = [load_problems(source, "test", divide=False) for source in (self.config.test_data, self.stage.other)]
+        sets = [worked_solutions(self.config.data), *tests]
+        if few := self.stage.shortest:
+            sets = [sorted(items, key=lambda item: len(str(item)))[:few] for items in sets]
+        self.solutions, held_out, self.others = sets
         some = [problem for problem, _ in self.solutions[-(self.stage.kept or 0):]]
+        needed = self.config.problems
         if len(some) < ROUNDS * needed:
             raise InputError(f"{self.config.data}: {ROUNDS} rounds take {ROUNDS * needed} problems; it has {len(some)}")
         random.Random(self.config.seed).shuffle(some)
         return (some * TIMES)[:TIMES * needed], held_out
-
-    def shortest(self, items: list, text: Callable) -> list:
-        few = self.stage.shortest
-        return sorted(items, key=lambda item: len(text(item)))[:few] if few else items
 
     def load(self, name: str):
         memory = self.memory("base", "model", "data", "kept", "shortest", "passes", "lr")
@@ -100,7 +97,7 @@ class GradeSchool(Bench):
         return super().load(str(memory.folder))
 
     def fine_tuned(self, model, tokenizer, memory: rollout.Memory):
-        """The model after cross-entropy on the worked solutions: they stand in a batch as if it had sampled them."""
+        """The model after cross-entropy on the worked solutions, as if it had sampled them."""
         stage, end = self.stage, rollout.stop_ids(model, tokenizer)[-1:]  # sampling ends at any of them
         texts = [(rollout.encode_prompt(tokenizer, problem.question, self.config.template),
                   tokenizer.encode(solution, add_special_tokens=False) + end)
@@ -116,8 +113,8 @@ class GradeSchool(Bench):
 
     @cached_property
     def batch(self):
-        memory = self.memory(f"round-{self.seed}")
-        return erpd.stored_batch(self.base, self.tokenizer, self.first, self.config, self.seed, memory)
+        return erpd.stored_batch(self.base, self.tokenizer, self.first, self.config, self.seed,
+                                 self.memory(f"round-{self.seed}"))
 
     def round(self, *args, seed: int, **more):
         """A round of ERPD that goes on where it was stopped."""
@@ -133,7 +130,7 @@ class GradeSchool(Bench):
 
 
 def worked_solutions(source: str) -> list[tuple[Problem, str]]:
-    """The training problems, and what the base shall write: no notes for a calculator, and an answer to be read."""
+    """The training problems, and what the base shall write: no calculator's notes, an answer to be read."""
     found = []
     for n, row in enumerate(load_splits(source)["train"], 1):
         problem = row_problem(row, f"{source}, problem {n}", None, None)
@@ -153,14 +150,12 @@ def jobs(bench: GradeSchool, everything: bool) -> dict[str, Callable]:
         plan["control"] = partial(bench.ladder, "control", "control", ())
         for times in (1, TIMES):
             plan |= {f"grpo {times}× {lr:g}": partial(bench.grpo, lr, times) for lr in bench.stage.rates}
-        plan["temperature"] = partial(bench.temperatures, 0.7, GREEDY)
+        plan["temperature"] = partial(bench.temperatures, 0.7, 1e-3)  # the second is greedy
     return plan
 
 
-# -------------------------------------------------------------------------------------------- the table and the picture
-
 def told(outcome: Outcome, method: str) -> list[dict]:
-    """A method's rows for the table; of its paths over learning rates and updates only the most accurate policy."""
+    """A method's rows for the table; of paths over rates and updates only the most accurate policy."""
     rows = outcome.of(method)
     return [max(rows, key=lambda row: (row["accuracy"], row["at"]))] if rows and "lr" in rows[0] else rows
 
@@ -168,33 +163,32 @@ def told(outcome: Outcome, method: str) -> list[dict]:
 def table(seeds: list[Outcome]) -> str:
     """A line a policy and seed. The best of a path is chosen on the test split itself, which flatters all methods but
     ERPD, whose every round is told."""
-    lines = [(f"{'policy':34} {'path, and where on it':30} {'seed':>4} {'rollouts':>8} {'right':>6}  "
-              f"{'95 % interval':13} {'pass@8':>6} {'KL nats/completion':>18} {'KL efficiency':>13} {'other set':>9}  "
-              f"{'95 % interval':13}")]
+    lines = [f"{'policy':34} {'path, and where on it':30} {'seed':>4} {'rollouts':>8} {'right':>6}  "
+             f"{'95 % interval':13} {'pass@8':>6} {'KL nats/completion':>18} {'KL efficiency':>13} {'other set':>9}  "
+             f"{'95 % interval':13}"]
     for method, (label, *_) in METHODS.items():
         for outcome in seeds:
             for row in told(outcome, method):
-                intervals = [f"{low:5.1%} – {high:5.1%}" for low, high in
-                             (row["accuracy_interval"], row["other_accuracy_interval"])]
+                here, there = (f"{low:5.1%} – {high:5.1%}" for low, high in
+                               (row["accuracy_interval"], row["other_accuracy_interval"]))
                 solved = f"{row['pass']:.1%}" if row["samples"] >= 8 else "–"
                 worth = f"{outcome.worth(row):.2f}" if row["kl"] and row["accuracy"] > outcome.base else "–"
                 path = f"{row['path']}, {row['at']:g}"
                 lines.append(f"{label:34} {path:30} {row['seed']:4} {row.get('rollouts', 0):8,} "
-                             f"{row['accuracy']:6.1%}  {intervals[0]:13} {solved:>6} {row['kl']:18.3f} {worth:>13} "
-                             f"{row['other_accuracy']:9.1%}  {intervals[1]:13}")
+                             f"{row['accuracy']:6.1%}  {here:13} {solved:>6} {row['kl']:18.3f} {worth:>13} "
+                             f"{row['other_accuracy']:9.1%}  {there:13}")
     return "\n".join(lines)
 
 
 def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
-    """Accuracy against KL on both sets: all ways, thin; what the table tells, large, with its interval; the limits."""
+    """Accuracy against KL on both sets: all ways, thin; what the table tells, large; the limits."""
     figure = Figure(figsize=(14, 5.2), layout="constrained")
     for axes, which, name in zip(figure.subplots(1, 2), ("", "other_"), names):
         for outcome in seeds:
             for method, (label, colour, marker) in METHODS.items():
                 for way in outcome.paths(method):
-                    way = [outcome.one("base"), *way]
-                    axes.plot([row[which + "kl"] for row in way], [row[which + "accuracy"] for row in way],
-                              color=colour, linewidth=2 if method == "erpd rounds" else 0.7, alpha=0.7)
+                    line(axes, [outcome.one("base"), *way], which, color=colour, alpha=0.7,
+                         linewidth=2 if method == "erpd rounds" else 0.7)
                 for row in told(outcome, method):
                     point(axes, row, which, color=colour, marker=marker, elinewidth=0.8, capsize=2, label=label)
         kl_axis(axes, max(row[which + "kl"] for outcome in seeds for row in outcome.rows))
@@ -208,8 +202,6 @@ def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
     first.set_ylabel("right completions")
     figure.savefig(path, dpi=150)
 
-
-# ----------------------------------------------------------------------------------------------------- the command line
 
 def stages(arguments) -> list[Benchmark]:
     """The benchmark by seed: as a GPU with 80 GB does it, or what a CPU does in minutes."""
@@ -232,7 +224,6 @@ def stages(arguments) -> list[Benchmark]:
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gsm8k.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"gsm8k.py: {message} (--help lists every option)\n")
     parser.add_argument("--model", required=True, help="folder or hub name of SmolLM2-135M-Instruct, or of another")
     parser.add_argument("--train", default="gsm8k", help="worked solutions: gsm8k (from the hub), a hub id or a file")
     parser.add_argument("--test", default="gsm8k", help="the problems to measure on, likewise")

@@ -1,7 +1,6 @@
 """What claims and pictures ask of the rows of a stage at one seed: levels, paths, KL efficiency."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import kl
 from figures.experiments import measured
 
 LEVELS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6}  # of the way from the base's accuracy to 1
-STRONGEST = ("erpd", "weights: nll", "weights: sapo")  # jobs
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, by degrees of freedom
 
 
@@ -35,7 +33,7 @@ class Outcome:
         return self.base + share * (1 - self.base)
 
     def limits(self, draws: int = 200) -> list[tuple[list[float], list[float]]]:
-        """The limit for pass rates drawn from what the base's samples leave open: Jeffreys' posterior."""
+        """The limit for pass rates drawn from Jeffreys' posterior: what the base's samples leave open."""
         torch.manual_seed(0)
         rates = Beta(self.right + 0.5, self.samples - self.right + 0.5).sample((draws,))
         return [kl.least_kl(one, points=400) for one in rates]
@@ -48,13 +46,12 @@ class Outcome:
         return self.of(method, **fields)[0]
 
     def paths(self, method: str) -> list[list[dict]]:
-        """The rows of a method path by path, each in the order in which it leads away from the base."""
-        paths: dict[str, list[dict]] = {}
-        for row in self.of(method):
-            name = row["path"] if method != "temperature" else "colder" if row["at"] < 1 else "hotter"
-            paths.setdefault(name, []).append(row)
-        return [sorted(path, key=lambda row: -row["at"] if name == "colder" else row["at"])
-                for name, path in paths.items()]
+        """The rows of a method path by path, each as it leads away from the base."""
+        paths: dict[tuple, list[dict]] = {}
+        base = 1 if method == "temperature" else 0  # where on a path the base is
+        for row in sorted(self.of(method), key=lambda row: abs(row["at"] - base)):
+            paths.setdefault((row["path"], row["at"] < base), []).append(row)
+        return list(paths.values())
 
     def best_path(self, method: str) -> list[dict]:
         """The path that ends highest."""
@@ -65,7 +62,7 @@ class Outcome:
         return max((row["accuracy"] for row in self.of(method)), default=math.nan)
 
     def kl_at(self, method: str, accuracy: float) -> float:
-        """The least KL at which a path of the method reaches an accuracy; infinite where none does."""
+        """The least KL at which a path of the method reaches an accuracy; ∞ where none does."""
         return min((kl_on_path(path, self.base, accuracy) for path in self.paths(method)), default=math.inf)
 
     def least(self, accuracy: float) -> float:
@@ -73,26 +70,24 @@ class Outcome:
         return float(np.interp(accuracy, *self.limit, right=math.inf))
 
     def efficiency(self, method: str, level: float) -> float:
-        """KL of the limit over the method's KL at an accuracy; NaN where no path of it gets there."""
+        """KL of the limit over the method's at an accuracy; NaN where no path gets there."""
         spent = self.kl_at(method, level)
         return self.least(level) / spent if math.isfinite(spent) else math.nan
 
     def worth(self, row: dict) -> float:
-        """KL efficiency of a single policy, at the accuracy that it has; 0 where that is not above the base's."""
+        """KL efficiency of a policy at its own accuracy; 0 where that is not above the base's."""
         return self.least(row["accuracy"]) / row["kl"] if row["accuracy"] > self.base else 0.0
 
     def still_rising(self) -> list[str]:
-        """Paths of direct methods that end too early: above the last but one checkpoint's interval."""
-        found = []
-        for method in {row["method"]: None for row in self.rows if "fallen" in row}:
-            for *_, before, last in (path for path in self.paths(method) if len(path) > 1):
-                if last["accuracy"] > before["accuracy_interval"][1]:
-                    found.append(f"{method}, {last['path']}, update {last['at']}")
-        return found
+        """Direct methods' paths that end too early: above the last but one checkpoint's interval."""
+        methods = dict.fromkeys(row["method"] for row in self.rows if "fallen" in row)
+        ends = [path[-2:] for method in methods for path in self.paths(method) if len(path) > 1]
+        return [f"{last['method']}, {last['path']}, update {last['at']}" for before, last in ends
+                if last["accuracy"] > before["accuracy_interval"][1]]
 
 
 def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:
-    """x where the line through points (accuracy, x) first rises to an accuracy; infinite where it never does."""
+    """x where the line through points (accuracy, x) first rises to an accuracy; ∞ where it never does."""
     for (a0, x0), (a1, x1) in zip(points, points[1:]):
         if a0 < accuracy <= a1:
             return x0 + (accuracy - a0) / (a1 - a0) * (x1 - x0)
@@ -100,7 +95,7 @@ def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:
 
 
 def kl_on_path(path: list[dict], start: float, accuracy: float) -> float:
-    """KL where a path from the base (accuracy `start`) first reaches an accuracy, which goes linearly with √KL."""
+    """KL where a path from the base (accuracy `start`) first reaches an accuracy, linear in √KL."""
     roots = [(row["accuracy"], math.sqrt(max(0.0, row["kl"]))) for row in path]
     return first_crossing([(start, 0.0), *roots], accuracy) ** 2
 
@@ -112,7 +107,7 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return x.mean().item(), half
 
 
-def outcomes(results: Path, needed: Iterable[str] = STRONGEST) -> dict[str, list[Outcome]]:
+def outcomes(results: Path, needed=("erpd", "weights: nll", "weights: sapo")) -> dict[str, list[Outcome]]:
     """The outcomes by stage; a seed counts once it has the jobs that are needed."""
     found: dict[tuple, list[dict]] = {}
     for row in measured(results):

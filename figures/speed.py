@@ -1,9 +1,9 @@
-"""What the sampler, the log-probs and a training pass cost, beside what one would write with transformers alone.
+"""What the sampler, the log-probs and a training pass cost, beside transformers alone.
 
-    python figures/speed.py --model path/to/SmolLM2-135M-Instruct      # without --model: the rows that need none
+    python figures/speed.py --model FOLDER     # of SmolLM2-135M-Instruct; without it, the rows that need none
 
 Times are medians of five pairs in turn: on a shared machine only ratios mean anything. Memory is the most over what the
-inputs take, in a process of its own. A GPU waits for launches where models are small, and for every synchronisation:
+inputs take, in a process of its own. A GPU waits for launches of small models, and for every synchronisation:
 both are counted, on any machine.
 """
 
@@ -31,10 +31,8 @@ from rewards import chain_problems  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# ----------------------------------------------------------------------------------------------------- how one measures
-
 class Count(TorchDispatchMode):
-    """Counts what is computed inside it, views of tensors left out, and how often the host waits for a result."""
+    """Counts operations, views of tensors left out, and how often the host waits for a result."""
 
     operations = waits = 0
     waiting = "_local_scalar_dense nonzero _unique2 unique_dim unique_consecutive masked_select equal".split()
@@ -82,7 +80,7 @@ def in_turn(make: Callable) -> dict:
 
 
 def over_inputs(make: Callable, side: int) -> float:
-    """MiB; on a CPU under Linux, and not by ru_maxrss, which is inherited from the process that started this one."""
+    """MiB; on a CPU under Linux, and not by ru_maxrss, which is inherited from the parent process."""
     def peak() -> float:
         if DEVICE == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
@@ -98,8 +96,6 @@ def memory(make: Callable) -> dict:
         ours, theirs = (alone.apply(over_inputs, (make, side)) for side in (0, 1))
     return {"unit": "MiB", "ours": ours, "theirs": theirs}
 
-
-# ----------------------------------------------------------------------------------------------------- what is measured
 
 def policy(folder: str, questions: list[str], group: int) -> tuple:
     """(model, prompts, stop ids, a function that samples so many new tokens)."""
@@ -128,7 +124,7 @@ def samplers(folder: str, questions: list[str], group: int, precision: torch.dty
 
 
 def passes(model, batch: rollout.Rollouts, reference=None) -> tuple[Callable, Callable]:
-    """Forward and backward of −mean log π, plus the exact KL to a `reference`: as erpd.py does it, and from logits."""
+    """Forward and backward of −mean log π, plus exact KL to a `reference`: as erpd.py does it, and from logits."""
     count, tokens = int(batch.length.sum()), int(batch.total_length.sum())
 
     def ours() -> int:
@@ -157,7 +153,7 @@ def passes(model, batch: rollout.Rollouts, reference=None) -> tuple[Callable, Ca
 
 
 def training(folder: str, questions: list[str], group: int, ends=True, with_kl=False) -> list[Callable]:
-    """As erpd.py trains; where no text ends, all rows are equally long, and nothing is saved on padding or copies."""
+    """As erpd.py trains; where no text ends, rows are equally long, and padding or copies save nothing."""
     model, _, stop, sample = policy(folder, questions, group)
     batch, reference = sample(90, stop=stop if ends else []), None
     if with_kl:  # on rows no two of which are alike
@@ -166,7 +162,7 @@ def training(folder: str, questions: list[str], group: int, ends=True, with_kl=F
 
 
 def output_layer(_, rows: int, with_kl=False, trained=False) -> tuple[Callable, Callable]:
-    """Of a Qwen3-0.6B without its layers, on rows of 128 tokens; `trained`: with the output embedding's gradient."""
+    """Of a Qwen3-0.6B without layers, on rows of 128 tokens; `trained`: the output embedding, too."""
     settings = Qwen3Config(vocab_size=151936, hidden_size=1024, num_hidden_layers=0, initializer_range=1 / 32)
     model, *reference = (Qwen3ForCausalLM(settings).to(DEVICE).requires_grad_(False) for _ in range(1 + with_kl))
     model.model.norm.requires_grad_(True)
@@ -174,8 +170,6 @@ def output_layer(_, rows: int, with_kl=False, trained=False) -> tuple[Callable, 
     one, ids = torch.ones(rows, dtype=torch.long), torch.randint(151936, (rows, 129))
     return passes(model, rollout.Rollouts(ids, one, 128 * one, torch.zeros(rows, 128), 0.0 * one, one), *reference)
 
-
-# ------------------------------------------------------------------------------------------------------------ the table
 
 SUMS = [f"What is {a} + {b}?" for a in (7, 3, 9, 2) for b in (5, 4, 8, 6)]
 RAGGED = ["What is 7 + 5?", "What is the sum of the two numbers 7 and 5?"] * 4
@@ -210,7 +204,7 @@ if DEVICE == "cuda":
 
 
 def draw(rows: list[dict], picture: Path) -> None:
-    """Every ratio as a bar beside its goal: green where it is reached. Of operations, few are good."""
+    """Every ratio as a bar beside its goal: green where reached. Of operations, few are good."""
     figure = Figure(figsize=(9, 0.36 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     for y, row in enumerate(rows):
@@ -222,9 +216,10 @@ def draw(rows: list[dict], picture: Path) -> None:
     axes.axvline(1, color="grey", linewidth=1, linestyle=":")
     axes.set_yticks(range(len(rows)), [row["what"] for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xscale="log", xlim=(0.5, 40), xlabel="times what transformers alone has (log); black: the goal")
+    axes.set(xscale="log", xlim=(0.5, 40), xlabel="times what transformers alone has (log)")
     axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
-    axes.set_title(f"Speed, memory saved and operations beside plain transformers, {DEVICE.upper()}", fontsize=10)
+    axes.set_title(f"Speed and memory saved (more is better) and operations (fewer are better), {DEVICE.upper()}\n"
+                   "black: the goal; green: reached; orange: missed", fontsize=10)
     figure.savefig(picture, dpi=150)
 
 

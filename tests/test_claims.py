@@ -126,9 +126,10 @@ def test_the_map_is_of_the_cells_that_were_run(tmp_path, monkeypatch):
 
 def test_all_jobs_run_and_a_second_start_runs_none(tmp_path, capsys):
     """A job that is never reached in a short session; rows that are written twice after a stop."""
-    stage = claims.quick_stage()
+    stage = claims.stages()[0]
     config = replace(stage.config, problems=4, group=8, test_problems=4, test_samples=2, curve_samples=2,
-                     limit_samples=4, explore_updates=2, unlearn_updates=2, distill_updates=2, operands=3)
+                     limit_samples=4, explore_updates=2, unlearn_updates=2, distill_updates=2, operands=3,
+                     explore_batch=16, distill_batch=16)
     stage = replace(stage, config=config, rates=(3e-5, 1e-4), least=16, most=16, nll_least=16, shares=())
     results = tmp_path / "claims.jsonl"
     experiments.run_stage(stage, results, tmp_path)
