@@ -105,9 +105,9 @@ def asked(o: Outcome, stage: str) -> Iterator[tuple]:
         for loss in ("sapo", "mse", "nll"):
             lead = several - o.worth(student(f"{loss}, contrast"))
             yield "C5", f"efficiency of sapo + mse + nll less that of {loss} alone", ">", 0, lead
-    lead = efficiency[1] - o.efficiency("control", o.levels[1])
-    if not math.isnan(lead):  # where right completions are rare the control never gets there
-        yield "C4", "e  efficiency 1/2 of the way, less that of Â in place of δ_t", ">", 0, lead
+    theirs = o.efficiency("control", o.levels[1])
+    if not math.isnan(theirs):  # where right completions are rare the control never gets there
+        yield "C4", "e  efficiency 1/2 of the way, less that of Â in place of δ_t", ">", 0, efficiency[1] - theirs
 
     rounds, imitated = ([row["accuracy"] for row in o.of(method)] for method in ("erpd rounds", "expert iteration"))
     grpo = o.paths("grpo 8×")
