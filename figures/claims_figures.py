@@ -134,7 +134,7 @@ def weak_teachers(figure: Figure, stages: Stages) -> str:
                  xlabel=f"right completions, held out; students with a KL budget of {row['budget']:g}")
         percent(axes.xaxis)
         axes.legend(loc="upper left")
-    return "A teacher's own accuracy hardly matters to its student"
+    return "At this budget a teacher's own accuracy hardly matters to its student"
 
 
 def rounds(figure: Figure, stages: Stages) -> str:
