@@ -239,7 +239,7 @@ def stages() -> list[Stage]:
     for seed in range(5):
         found += [Stage("main", config(seed=seed), shares=(0.5, 0.9)),
                   Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.6))]
-    few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.4, 1.0, 1.8)}
+    few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.15, 0.4, 1.0, 1.8)}
     return found + [Stage(name, config(seed=seed, test_problems=128, **settings), carries, **few)
                     for seed in range(3) for name, (settings, carries) in CELLS.items()]
 

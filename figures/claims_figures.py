@@ -70,8 +70,8 @@ def extreme_region(figure: Figure, stages: Stages) -> str:
     fallen.legend(*accuracy.get_legend_handles_labels(), loc="upper left")
     for axes in (entropy, fallen):
         axes.set_xlabel("updates on the stored batch (16 a pass)")
-    return ("Without a constraint the explorer rises, then drifts and falls; clipped reuse stays low, "
-            f"a KL penalty alone lets it rise on (learning rate 3e-5, {len(outcomes)} seeds)")
+    return ("Without a constraint the explorer rises, then drifts and falls; clipped it stays low; "
+            f"a KL penalty alone does neither\n(learning rate 3e-5, {len(outcomes)} seeds)")
 
 
 def frontier(figure: Figure, stages: Stages) -> str:
