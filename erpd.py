@@ -496,7 +496,10 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
         log_teachers = [drifted(f"extreme region policy ({loss})", rollouts, advantage, loss, config.explore_updates)
                         for loss, _ in config.teachers]
 
-    signals = [token_signal(config.signal, rollouts.log_probs, teacher, log_unlearned) for teacher in log_teachers]
+    log_base = rollouts.log_probs
+    if config.signal != "contrast":  # scored as its copies are: in bf16 the sampler's log-probs differ by a small δ_t
+        log_base = score(base, rollouts, config.temperature, config.tokens_per_step, desc="π_0 scores the batch")
+    signals = [token_signal(config.signal, log_base, teacher, log_unlearned) for teacher in log_teachers]
     signal = signals[0]
     if len(signals) > 1:
         signal = combine_signals(signals, [weight for _, weight in config.teachers], rollouts.mask)

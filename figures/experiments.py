@@ -230,7 +230,7 @@ class Bench:
         teacher = None
         if kind != "unlearned":
             teacher = self.score(self.checkpoint(loss, lr or self.config.explore_lr, at or self.stage.least))
-        return erpd.token_signal(kind, self.rollouts.log_probs, teacher, self.log_unlearned)
+        return erpd.token_signal(kind, self.score(self.base), teacher, self.log_unlearned)
 
     def student(self, signal: Tensor, budget: float, **about) -> None:
         """Stage 2 as in erpd.one_round, at a budget."""

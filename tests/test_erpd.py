@@ -181,7 +181,7 @@ def test_explorer_raises_right_completions_and_the_unlearned_policy_wrong_ones(s
 @pytest.mark.parametrize("signal", ["teacher", "contrast", "unlearned"])
 def test_a_round_builds_its_signal_from_the_right_policies(stage, monkeypatch, signal):
     """Targets reversed for the explorer too, for one of Â and r alone, or not at all; a teacher scored on another
-    batch."""
+    batch, or π_0's log-probs from the sampler, which rounds otherwise, beside its copies' from scoring."""
     base, tokenizer, problems, _ = stage
     asked, given = {}, []
 
@@ -189,7 +189,7 @@ def test_a_round_builds_its_signal_from_the_right_policies(stage, monkeypatch, s
         asked[stage] = rollouts.rewards, advantage
         return stage
 
-    scores = {"unlearned policy": -3.0, "extreme region policy (sapo)": -0.5}
+    scores = {"unlearned policy": -3.0, "extreme region policy (sapo)": -0.5, base: -1.0}
     monkeypatch.setattr(erpd, "explore", explore)
     monkeypatch.setattr(erpd, "score", lambda model, batch, *a, **k: torch.full_like(batch.log_probs, scores[model]))
     monkeypatch.setattr(erpd, "distill", lambda base, batch, signal, *a, **k: given.extend((batch, signal)) or base)
@@ -197,11 +197,10 @@ def test_a_round_builds_its_signal_from_the_right_policies(stage, monkeypatch, s
     erpd.one_round(base, tokenizer, problems, Config(**SMALL, signal=signal))
     rollouts, signal_given = given
     advantage = group_advantages(rollouts.rewards, rollouts.groups)
-    wanted = {"teacher": -0.5 - rollouts.log_probs, "contrast": torch.full_like(rollouts.log_probs, 2.5),
-              "unlearned": rollouts.log_probs + 3.0}[signal]
-    torch.testing.assert_close(signal_given, wanted)
-    assert set(asked) == {"teacher": {"extreme region policy (sapo)"}, "contrast": set(scores),
-                          "unlearned": {"unlearned policy"}}[signal]
+    wanted = {"teacher": 0.5, "contrast": 2.5, "unlearned": 2.0}[signal]
+    torch.testing.assert_close(signal_given, torch.full_like(rollouts.log_probs, wanted))
+    unlearned, explorer, _ = scores
+    assert set(asked) == {"teacher": {explorer}, "contrast": {explorer, unlearned}, "unlearned": {unlearned}}[signal]
     for name, (rewards, its_advantage) in asked.items():
         assert torch.equal(rewards, 1 - rollouts.rewards if name == "unlearned policy" else rollouts.rewards)
         assert torch.equal(its_advantage, -advantage if name == "unlearned policy" else advantage)
