@@ -47,7 +47,7 @@ def stop_in(monkeypatch):
         calls, work = [], getattr(module, name)
 
         def watched(*args, **more):
-            calls.append(more.get("desc", name))
+            calls.append(more.get("stage", name))
             if len(calls) == call:
                 raise KeyboardInterrupt
             return work(*args, **more)
