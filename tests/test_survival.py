@@ -274,18 +274,17 @@ def test_two_processes_do_what_one_does_and_another_number_goes_on(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------- soak
 
 def many_rounds(folder: Path, count: int) -> tuple[list[float], list[int], list[float]]:
-    """(MB of memory in use, bytes on disk without the stored batches, seconds) after each round of a small run."""
+    """(MB of memory in use, bytes on disk without the stored batches, seconds since the last) as each round begins."""
     os.chdir(folder)
     memory, disk, seconds, one, last = [], [], [], erpd.one_round, [time.monotonic()]
 
     def measured(*a, **k):
-        student = one(*a, **k)
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
         disk.append(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stem not in
                         ("rollouts", "signal", "rows", "metrics")))
         seconds.append(time.monotonic() - last[0])
         last[0] = time.monotonic()
-        return student
+        return one(*a, **k)
 
     erpd.one_round = measured
     try:
