@@ -24,7 +24,7 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 def table(rows: Sequence[dict], header: bool = True) -> str:
     """Policies as lines: accuracy with its 95 % interval over problems, KL to the first base; of a policy at the end of
     its stage also pass@k, of a student the KL that its round spent and might have spent."""
-    pass_at_k = f"pass@{rows[0]['pass_k']}"
+    pass_at_k = f"pass@{rows[0].get('pass_k', 8)}"
     lines = [f"{'round':5} {'policy':28} {'avg@k':>6}  {'95 % interval':15} {'k':>2} {pass_at_k:>6} "
              f"{'KL nats/completion':>18} {'of its budget':>13} {'entropy nats/token':>18}"] if header else []
     for row in rows:
