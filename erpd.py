@@ -393,9 +393,9 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 
     KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ follows by dual ascent: it rises while the
     KL on the policy's own prefixes, estimated from the same ones (kl.on_policy_kl), is above the budget, and falls
-    below. The outcome Â is not mixed in: what the student gains is the teachers'. The
-    student is the mean of its weights over the second half of the updates (Polyak and Ruppert), while the learning
-    rate falls to half: what single updates add is noise, and noise costs KL.
+    below. The outcome Â is not mixed in: what the student gains is the teachers'. The student is the mean of its
+    weights over the second half of the updates (Polyak and Ruppert), while the learning rate falls to half: what single
+    updates add is noise, and noise costs KL.
     """
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
