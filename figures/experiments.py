@@ -220,10 +220,6 @@ class Bench:
         self.measure(model, method="unlearned", path="unlearned", at=self.config.unlearn_updates)
 
     @cached_property
-    def log_base(self) -> Tensor:
-        return self.score(self.base)
-
-    @cached_property
     def log_unlearned(self) -> Tensor:
         return self.score(self.unlearned(*self.batch))
 
@@ -234,7 +230,7 @@ class Bench:
         teacher = None
         if kind != "unlearned":
             teacher = self.score(self.checkpoint(loss, lr or self.config.explore_lr, at or self.stage.least))
-        return erpd.token_signal(kind, self.log_base, teacher, self.log_unlearned)
+        return erpd.token_signal(kind, self.rollouts.log_probs, teacher, self.log_unlearned)
 
     def student(self, signal: Tensor, budget: float, **about) -> None:
         """Stage 2 as in erpd.one_round, at a budget."""

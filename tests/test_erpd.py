@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
+import rollout
 from erpd import Config
 from rewards import InputError, chain_problems, group_advantages
 from rollout import Rollouts, collect, completion_stats, divergence, load_policy, score
@@ -70,6 +71,22 @@ def test_sequence_losses_by_hand():
     assert ce.item() == pytest.approx((math.log1p(math.exp(-r_right)) + math.log1p(math.exp(r_wrong))) / 2)
     nll = erpd.explorer_loss("nll", log_prob, part, advantage, 4, 2, config)
     assert nll.item() == pytest.approx(1.5 / 4)
+
+
+def test_ratios_begin_at_one_in_bf16(stage):
+    """Mistake: the sampler's log-probs as those of π_0: in bf16 a training pass gives others, and over a completion
+    their differences add up to a log-ratio that nobody has learned."""
+    base, tokenizer, problems, _ = stage
+    config = Config(**SMALL)
+    with rollout.autocast("bf16", base.device):
+        stored = erpd.sampled(base, tokenizer, problems, config, seed=0)
+        with torch.no_grad():
+            log_probs = completion_stats(base, stored.select(torch.arange(32))).log_prob.cpu()
+        untouched = collect(base, tokenizer, problems, config.group, seed=0, **config.sampling)
+    assert torch.equal(stored.ids, untouched.ids)
+    off, sampler_off = ((log_probs - batch.log_probs[:32, :log_probs.shape[1]]).sum(1).abs().max()
+                        for batch in (stored, untouched))
+    assert off < 0.002 < 0.02 < sampler_off
 
 
 @pytest.mark.parametrize("loss", ["sapo", "clip"])
