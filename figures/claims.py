@@ -199,15 +199,16 @@ def report(by_stage: dict[str, list[Outcome]]) -> None:
     for stage, seeds in by_stage.items():
         print(f"\n{stage}, {len(seeds)} seeds, base {shown([o.base for o in seeds])}")
         print("KL efficiency", ", ".join(LEVELS), "of the way, and the ceiling")
-        for method in ("erpd", "erpd, unlearned", "control", *OPPONENTS):
+        for method in ("erpd", "erpd, twice the updates", "erpd, unlearned", "control", *OPPONENTS):
             if any(o.of(method) for o in seeds):
                 cells = [shown([o.efficiency(method, o.levels[k]) for o in seeds], ".2f") for k in range(len(LEVELS))]
                 cells.append(shown([o.best(method) for o in seeds]))
-                print(f"{method:18}" + "".join(f"{cell:>18}" for cell in cells))
-        for method in ("erpd rounds", "unlearned rounds", "expert iteration", "rounds, share 0.5", "rounds, share 0.9"):
+                print(f"{method:23}" + "".join(f"{cell:>18}" for cell in cells))
+        for method in ("erpd rounds", "rounds, twice the updates", "unlearned rounds", "expert iteration",
+                       "rounds, share 0.5", "rounds, share 0.9"):
             for k, rows in enumerate(zip(*(o.of(method) for o in seeds if o.of(method))), 1):
                 accuracy, spent = ([row[what] for row in rows] for what in ("accuracy", "kl"))
-                print(f"{method:18} round {k}: {shown(accuracy)} at {shown(spent, '.2f')} nats")
+                print(f"{method:25} round {k}: {shown(accuracy)} at {shown(spent, '.2f')} nats")
         rising = [f"{path} (seed {seed})" for seed, o in enumerate(seeds) for path in o.still_rising()]
         print(f"direct methods still rising at their end: {'; '.join(rising) or 'none'}")
 
