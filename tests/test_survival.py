@@ -199,8 +199,8 @@ def test_logits_that_are_not_finite_are_told(stage, bad):
 def test_a_teacher_that_rules_out_a_stored_token_is_told(stage, monkeypatch):
     """Mistake: −∞ in δ_t, whose mean square makes every advantage NaN."""
     base, tokenizer, problems, _ = stage
-    monkeypatch.setattr(erpd, "score", lambda model, rollouts, *_, **__: rollouts.log_probs.index_fill(
-        1, torch.tensor([3]), -math.inf))
+    monkeypatch.setattr(erpd, "score", lambda model, rollouts, *_, **__: rollouts.log_probs if model is base else
+                        rollouts.log_probs.index_fill(1, torch.tensor([3]), -math.inf))
     with pytest.raises(InputError, match="unlearned policy gives a stored token no probability"):
         erpd.one_round(base, tokenizer, problems, Config(**SMALL))
 
