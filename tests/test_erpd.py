@@ -10,10 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
-import rollout
 from erpd import Config
 from rewards import InputError, chain_problems, group_advantages
-from rollout import Rollouts, collect, completion_stats, divergence, load_policy, score
+from rollout import Rollouts, autocast, collect, completion_stats, divergence, load_policy, score
 
 TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
 SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=1, test_problems=8, test_samples=2,
@@ -78,7 +77,7 @@ def test_ratios_begin_at_one_in_bf16(stage):
     their differences add up to a log-ratio that nobody has learned."""
     base, tokenizer, problems, _ = stage
     config = Config(**SMALL)
-    with rollout.autocast("bf16", base.device):
+    with autocast("bf16", base.device):
         stored = erpd.sampled(base, tokenizer, problems, config, seed=0)
         with torch.no_grad():
             log_probs = completion_stats(base, stored.select(torch.arange(32))).log_prob.cpu()
