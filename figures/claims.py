@@ -270,8 +270,8 @@ def language_model(model: str) -> list[Stage]:
     settings = {
         "template": "{question} Reply with the number only.", "problems": 12, "group": 8, "max_new_tokens": 24,
         "test_problems": 27, "test_samples": 4, "limit_samples": 16, "explore_lr": 1e-5, "explore_batch": 16,
-        "explore_updates": 16, "unlearn_updates": 6, "distill_lr": 2e-5, "distill_batch": 8, "distill_updates": 24,
-        "tokens_per_step": 1100, "sample_rows": 256, "precision": "bf16"}
+        "explore_updates": 16, "unlearn_updates": 6, "distill_lr": 1e-5, "distill_batch": 16, "distill_updates": 24,
+        "distill_clip": 10.0, "tokens_per_step": 1100, "sample_rows": 256, "precision": "fp32"}
     return [Stage("SmolLM2", config(seed=seed, model=model, **sums(SCRATCH), **settings), rates=(1e-5,), least=16,
                   nll_least=16, most=64, budgets=(), everything=False) for seed in range(2)]
 
