@@ -91,7 +91,7 @@ class Config:
     distill_updates: int = option(128, "updates of the distiller, in passes over the stored batch", 250)
     distill_lr: float = option(4e-4, "its learning rate, falling to half of it", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
-    distill_clip: float = option(1.0, "its ε, low and high: how far a token's probability ratio is pushed")
+    distill_clip: float = option(1.0, "its ε: a wanted token's probability is pushed up to 1 + ε times π_0's")
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of δ_t")
     kl_budget: float | str = option("auto", "KL(π_θ‖π_0) a round may spend, nats a completion; auto: from the limit")
 
@@ -403,8 +403,8 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 
     def objective(policy, part, advantage, tokens, completions):
         log_ratio = policy.log_prob - part.log_probs
-        # At ε = 1 a wanted token is pushed up to ρ = 2. For an unwanted one the clip never closes, since ρ > 0 = 1 − ε:
-        # there KL alone restrains.
+        # A wanted token is pushed up to ρ = 1 + ε: with ε = 1 one of 12 % to 24 %, no further. For an unwanted one the
+        # clip never closes where ε ≥ 1, since ρ > 0: there KL alone restrains.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
         value = kl.masked_mean(state["coefficient"] * policy.kl - surrogate, part.mask, tokens)
         seen.append(torch.stack([policy.kl.detach(), log_ratio.detach(), part.mask]))
