@@ -72,20 +72,22 @@ def test_sequence_losses_by_hand():
     assert nll.item() == pytest.approx(1.5 / 4)
 
 
-def test_ratios_begin_at_one_in_bf16(stage):
+def test_ratios_begin_at_one_in_bf16(stage, monkeypatch):
     """Mistake: the sampler's log-probs as those of π_0: in bf16 a training pass gives others, and over a completion
-    their differences add up to a log-ratio that nobody has learned."""
+    their differences add up to a log-ratio that nobody has learned. How far off they are depends on the processor, so
+    here it is half a nat a token."""
     base, tokenizer, problems, _ = stage
-    config = Config(**SMALL)
+
+    def far_off(*args, **kwargs):
+        rollouts = collect(*args, **kwargs)
+        return replace(rollouts, log_probs=rollouts.log_probs - 0.5 * rollouts.mask)
+
+    monkeypatch.setattr(erpd, "collect", far_off)
     with autocast("bf16", base.device):
-        stored = erpd.sampled(base, tokenizer, problems, config, seed=0)
+        stored = erpd.sampled(base, tokenizer, problems, Config(**SMALL), seed=0)
         with torch.no_grad():
             log_probs = completion_stats(base, stored.select(torch.arange(32))).log_prob.cpu()
-        untouched = collect(base, tokenizer, problems, config.group, seed=0, **config.sampling)
-    assert torch.equal(stored.ids, untouched.ids)
-    off, sampler_off = ((log_probs - batch.log_probs[:32, :log_probs.shape[1]]).sum(1).abs().max()
-                        for batch in (stored, untouched))
-    assert off < 0.002 < 0.02 < sampler_off
+    assert (log_probs - stored.log_probs[:32, :log_probs.shape[1]]).sum(1).abs().max() < 0.002
 
 
 @pytest.mark.parametrize("loss", ["sapo", "clip"])
