@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
+import kl
 from erpd import Config
 from rewards import InputError, chain_problems, group_advantages
 from rollout import Rollouts, autocast, collect, completion_stats, divergence, load_policy, score
@@ -274,6 +275,17 @@ def test_student_stays_within_its_budget_on_its_own_samples(stage):
     measured = divergence(kept, base, fresh)["kl"]
     unchecked = divergence(wild, base, collect(wild, tokenizer, problems, 8, seed=9, **config.sampling))["kl"]
     assert unchecked > 0.3 and 0 < spent <= 0.1 and measured < 0.15
+
+
+def test_a_small_budget_is_kept_to_from_the_first_updates(stage, monkeypatch):
+    """Mistake: a λ that begins alike for every budget: the first updates spend 10 to 30 times a small one, and what
+    they moved is noise when they are called back."""
+    base, _, _, rollouts = stage
+    spending, dual_ascent = [], kl.dual_ascent
+    monkeypatch.setattr(kl, "dual_ascent", lambda *a: spending.append(a[1] / a[2]) or dual_ascent(*a))
+    signal = group_advantages(rollouts.rewards, rollouts.groups)[:, None] * rollouts.mask
+    erpd.distill(base, rollouts, signal, 0.01, Config(**SMALL | {"distill_updates": 16, "distill_batch": 64}))
+    assert sum(spending) / 16 < 5
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
