@@ -1,6 +1,6 @@
 """The claims of Extreme Region Policy Distillation, measured and judged.
 
-    python figures/claims.py                  # runs what is missing, draws the figures, prints the verdicts
+    python figures/claims.py                  # runs what is missing, draws the figures, prints README.md's tables
     python figures/claims.py --only           # draws and judges what is there
     python figures/claims.py --quick          # every job of one seed at a tenth of the size; keeps nothing
     python figures/claims.py --model FOLDER   # with SmolLM2-135M-Instruct's small frontier
@@ -27,7 +27,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from figures import claims_figures  # noqa: E402
+from figures import claims_figures, claims_tables  # noqa: E402
 from figures.experiments import Stage, erpd, run_stage  # noqa: E402
 from figures.outcomes import LEVELS, Outcome, first_crossing, mean_interval, outcomes  # noqa: E402
 
@@ -175,42 +175,19 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     return sorted(found, key=lambda s: s.claim)
 
 
-def shown(values: list[float], form: str = ".1%") -> str:
-    """Mean and interval; in brackets the seeds that have a value, where not all do."""
-    mean, half = mean_interval(values)
-    known = sum(not math.isnan(value) for value in values)
-    interval = f" ± {half:{form}}" if known > 1 else ""
-    return f"{mean:{form}}{interval}" + f" ({known})" * (known < len(values)) if known else "–"
-
-
 def report(by_stage: dict[str, list[Outcome]]) -> None:
-    """Print the statistics, the verdicts, and the numbers of every method by stage."""
+    """Print the tables of figures/README.md."""
     found = statistics(by_stage)
-    print(f"{'claim':10} {'statistic':76} {'seeds':>5} {'mean':>7} {'95 % interval':>17} {'asked':>8}")
-    for s in found:
-        mean, low, high = s.interval()
-        print(f"{s.claim:10} {s.what:76} {s.seeds:5} {mean:7.3f} {low:8.3f} –{high:7.3f} "
-              f"{'>' if s.above else '<'} {s.threshold:<5.3g} {'met' if s.met() else 'missed'}")
-    print()
-    for claim in dict.fromkeys(s.claim for s in found):
-        met = [s.met() for s in found if s.claim == claim]
-        verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
-        print(f"{claim:10} {verdict:14} {sum(met)} of {len(met)} statistics")
-    for stage, seeds in by_stage.items():
-        print(f"\n{stage}, {len(seeds)} seeds, base {shown([o.base for o in seeds])}")
-        print("KL efficiency", ", ".join(LEVELS), "of the way, and the ceiling")
-        for method in ("erpd", "erpd, twice the updates", "erpd, unlearned", "control", *OPPONENTS):
-            if any(o.of(method) for o in seeds):
-                cells = [shown([o.efficiency(method, o.levels[k]) for o in seeds], ".2f") for k in range(len(LEVELS))]
-                cells.append(shown([o.best(method) for o in seeds]))
-                print(f"{method:23}" + "".join(f"{cell:>18}" for cell in cells))
-        for method in ("erpd rounds", "rounds, twice the updates", "unlearned rounds", "expert iteration",
-                       "rounds, share 0.5", "rounds, share 0.9"):
-            for k, rows in enumerate(zip(*(o.of(method) for o in seeds if o.of(method))), 1):
-                accuracy, spent = ([row[what] for row in rows] for what in ("accuracy", "kl"))
-                print(f"{method:25} round {k}: {shown(accuracy)} at {shown(spent, '.2f')} nats")
-        rising = [f"{path} (seed {seed})" for seed, o in enumerate(seeds) for path in o.still_rising()]
-        print(f"direct methods still rising at their end: {'; '.join(rising) or 'none'}")
+    for number in dict.fromkeys(s.claim[:2] for s in found):
+        mine = {stage: [s for s in found if s.claim == f"{number}, {stage}"] for stage in ("main", "rare")}
+        claims_tables.claim(number, {stage: some for stage, some in mine.items() if some})
+    for part in claims_tables.methods, claims_tables.rounds:
+        for stage in filter(by_stage.get, ("main", "rare")):
+            part(stage, by_stage[stage])
+    if cells := {name: by_stage[name] for name in CELLS if name in by_stage}:
+        claims_tables.cells(cells)
+    if "SmolLM2" in by_stage:
+        claims_tables.policies(by_stage["SmolLM2"])
 
 
 def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
@@ -271,7 +248,7 @@ def language_model(model: str) -> list[Stage]:
         "template": "{question} Reply with the number only.", "problems": 12, "group": 8, "max_new_tokens": 24,
         "test_problems": 27, "test_samples": 4, "limit_samples": 16, "explore_lr": 1e-5, "explore_batch": 16,
         "explore_updates": 16, "unlearn_updates": 6, "distill_lr": 1e-5, "distill_batch": 16, "distill_updates": 24,
-        "distill_clip": 10.0, "tokens_per_step": 1100, "sample_rows": 256, "precision": "fp32"}
+        "tokens_per_step": 1100, "sample_rows": 256, "precision": "fp32"}
     return [Stage("SmolLM2", config(seed=seed, model=model, **sums(SCRATCH), **settings), rates=(1e-5,), least=16,
                   nll_least=16, most=64, budgets=(), everything=False) for seed in range(2)]
 

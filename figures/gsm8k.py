@@ -207,8 +207,8 @@ def stages(arguments) -> list[Benchmark]:
     """The benchmark by seed: as a GPU with 80 GB does it, or what a CPU does in minutes."""
     sizes = {"problems": 512, "max_new_tokens": 256, "test_samples": 8, "curve_samples": 4, "limit_samples": 64,
              "explore_lr": 1e-5, "explore_batch": 256, "explore_updates": 256, "unlearn_updates": 64,
-             "distill_lr": 5e-5, "distill_updates": 256, "distill_clip": 10.0, "tokens_per_step": 16384,
-             "sample_rows": 2048, "cuda_graph": arguments.cuda_graph, "model": arguments.model, "data": arguments.train,
+             "distill_lr": 5e-5, "distill_updates": 256, "tokens_per_step": 16384, "sample_rows": 2048,
+             "cuda_graph": arguments.cuda_graph, "model": arguments.model, "data": arguments.train,
              "test_data": arguments.test}
     more = {"rates": (1e-5, 3e-5), "least": 64, "nll_least": 128, "most": 1024, "other": arguments.other,
             "passes": arguments.passes, "lr": arguments.lr}

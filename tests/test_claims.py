@@ -114,6 +114,14 @@ def test_a_statistic_is_met_only_with_its_whole_interval():
     assert not claims.Statistic("C", "", [0.2], False, 0.33).met()  # one seed proves nothing
 
 
+def test_the_tables_of_the_page_are_those_of_the_rows(capsys):
+    """Mistake: a table that is older than what was measured."""
+    claims.report(outcomes.outcomes(claims.RESULTS))
+    page = " ".join((claims.HERE / "README.md").read_text().split())
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) > 100 and [line for line in lines if line not in page] == []
+
+
 def test_the_map_is_of_the_cells_that_were_run(tmp_path, monkeypatch):
     """Mistake: a map that needs every cell or every method, or one of the main stages alone."""
     monkeypatch.setattr(claims_figures, "HERE", tmp_path)

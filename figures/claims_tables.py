@@ -1,0 +1,118 @@
+"""The tables of figures/README.md, from the rows that figures/claims.py has measured."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import isnan
+
+from figures.outcomes import LEVELS, Outcome, mean_interval
+
+STUDENT, ITERATED = "**ERPD's student**", "expert iteration (imitation in rounds), the same budgets"
+NAMES = {"base": "base", "unlearned": "unlearned policy", "erpd": f"{STUDENT}, contrast",
+         "erpd, twice the updates": "the same, contrast, twice the updates",
+         "erpd, unlearned": f"{STUDENT}, unlearned policy alone", "control": "stage 2 with Â in place of δ_t",
+         "clip": "clipped reuse", "clip + KL 0.2": "clipped reuse, KL penalty 0.2",
+         "clip + KL 1": "clipped reuse, KL penalty 1", "sapo": "SAPO", "sapo + KL 0.2": "SAPO, KL penalty 0.2",
+         "ce": "CE", "mse": "MSE", "nll": "imitation",
+         "grpo": "on-policy GRPO, as many rollouts", "grpo 8×": "on-policy GRPO, 8,192 rollouts (8×)",
+         "temperature": "the base, colder or hotter", "weights: sapo": "SAPO, weights moved back",
+         "weights: mse": "MSE, weights moved back", "weights: nll": "imitation, weights moved back",
+         "logits: nll": "imitation, logits moved back"}
+ROUNDS = {"erpd rounds": "**ERPD**, contrast", "rounds, twice the updates": "the same, contrast, twice the updates",
+          "unlearned rounds": "**ERPD**, unlearned policy alone", "expert iteration": ITERATED,
+          "rounds, share 0.5": "ERPD, budget for ½ of the gap", "rounds, share 0.9": "ERPD, budget for 0.9 of the gap"}
+
+
+def shown(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and 95 % interval; in brackets the seeds that have a value, where not all do."""
+    mean, half = mean_interval(values)
+    known = sum(not isnan(value) for value in values)
+    interval = f" ± {half:.{digits}f}" if known > 1 else ""
+    return f"{mean:.{digits}f}{interval}" + f" ({known})" * (known < len(values)) if known else "–"
+
+
+def percent(values: Sequence[float], digits: int = 1) -> str:
+    """The same of shares, in per cent."""
+    mean, *interval = shown([100 * value for value in values], digits).partition(" ± ")
+    return f"{mean} %" + "".join(interval)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    print("\n| " + " | ".join(head) + " |", "|" + "---|" * len(head), sep="\n")
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
+    print()
+
+
+def claim(number: str, statistics: dict[str, list]) -> None:
+    """The verdict on a claim, by stage, and the statistics behind it."""
+    verdicts, rows = [], []
+    for stage, some in statistics.items():
+        met = [s.met() for s in some]
+        verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
+        verdicts.append(f"`{stage}` {verdict}, {sum(met)} of {len(met)}")
+        for s in some:
+            mean, low, high = s.interval()
+            seeds = f"{s.seeds}" if s.seeds == len(s.values) else f"{s.seeds} of {len(s.values)}"
+            rows.append((stage, " ".join(s.what.split()), seeds, f"{mean:.3f} ({low:.3f} – {high:.3f})",
+                         f"{'>' if s.above else '<'} {s.threshold:.3g}", "met" if s.met() else "**missed**"))
+    print(number, f"{'; '.join(verdicts)}.", sep="\n")
+    table(("stage", "statistic", "seeds", "mean (95 % interval)", "asked", ""), rows)
+
+
+def methods(stage: str, seeds: list[Outcome]) -> None:
+    """KL efficiency at the four levels and the ceiling, of every method on a stage; and what was stopped too early."""
+    print(f"`{stage}`, base {percent([o.base for o in seeds])}:")
+    rows = []
+    for method, name in NAMES.items():
+        have = [o for o in seeds if o.of(method)]
+        if have and method not in ("base", "unlearned"):
+            efficiency = [shown([o.efficiency(method, o.levels[k]) for o in have]) for k in range(len(LEVELS))]
+            rows.append((name, f"{len(have)}", *efficiency, percent([o.best(method) for o in have])))
+    table(("method", "seeds", *LEVELS, "ceiling"), rows)
+    rising = [f"{path} (seed {seed})" for seed, o in enumerate(seeds) for path in o.still_rising()]
+    print(f"Direct methods still rising at their end: {'; '.join(rising) or 'none'}.\n")
+
+
+def rounds(stage: str, seeds: list[Outcome]) -> None:
+    """Accuracy and mean KL to the first base, round by round."""
+    print(f"`{stage}`: right (KL to the first base, nats a completion)")
+
+    def cell(rows: Sequence[dict]) -> str:
+        return f"{percent([row['accuracy'] for row in rows])} ({mean_interval([row['kl'] for row in rows])[0]:.2f})"
+
+    rows = []
+    for method, name in ROUNDS.items():
+        if have := [o.of(method) for o in seeds if o.of(method)]:
+            rows.append((name, f"{len(have)}", *map(cell, zip(*have))))
+    if ends := [max((path[-1] for path in paths), key=lambda row: row["accuracy"])
+                for o in seeds if (paths := o.paths("grpo 8×"))]:
+        rows.append(("on-policy GRPO, end of 8,192 rollouts", f"{len(ends)}", "", "", "", cell(ends)))
+    table(("method", "seeds", "round 1", "2", "3", "4"), rows)
+    print("KL efficiency of round 4:", shown([o.worth(row) for o in seeds for row in o.of("erpd rounds")[-1:]]))
+
+
+def cells(found: dict[str, list[Outcome]]) -> None:
+    """The map: KL efficiency half of the way, and the ceiling."""
+    compared = ("erpd", "erpd, unlearned", "weights: nll", "nll", "sapo")
+
+    def row(name: str, seeds: list[Outcome]) -> Iterator[str]:
+        yield from (name, f"{len(seeds)}", percent([o.base for o in seeds], 0))
+        for method in compared:
+            efficiency = shown([o.efficiency(method, o.levels[1]) for o in seeds])
+            yield f"{efficiency}; {percent([o.best(method) for o in seeds], 0)}"
+
+    table(("cell", "seeds", "base", *(NAMES[method] for method in compared)),
+          [tuple(row(*cell)) for cell in found.items()])
+
+
+def policies(seeds: list[Outcome]) -> None:
+    """Every policy of a stage with few of them: right, KL, KL efficiency; by update, share of the way, or alone."""
+    def cell(o: Outcome, method: str, at: float | None) -> str:
+        for row in o.of(method, **({} if at is None else {"at": at})):
+            worth = f", {o.worth(row):.2f}" if row["accuracy"] > o.base else ""
+            return f"{row['accuracy']:.0%}, {row['kl']:.2f}".replace("%", " %") + worth
+        return "–"
+
+    found = dict.fromkeys((row["method"], None if "budget" in row else row["at"]) for o in seeds for row in o.rows)
+    order = sorted(found, key=lambda key: (list(NAMES).index(key[0]), key[1] or 0))
+    rows = [(NAMES[method] + (f", {at:g}" if at else ""), *(cell(o, method, at) for o in seeds)) for method, at in order]
+    table(("policy, at", *(f"seed {k}: right, KL, KL efficiency" for k in range(len(seeds)))), rows)
