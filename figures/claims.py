@@ -160,16 +160,18 @@ def by_seed(seeds: Iterable[Iterable[tuple]]) -> dict[tuple, list[float]]:
 
 
 def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
-    """Every statistic. The closest opponent: the smallest lead, of those that can be compared on 3 seeds."""
+    """Every statistic that 3 seeds have. The closest opponent: the one with the smallest lead."""
     found = []
     for stage in ("main", "rare"):
         seeds = by_stage.get(stage, [])
+        enough = min(3, len(seeds))
         for (claim, what, side, threshold), values in by_seed(asked(o, stage) for o in seeds).items():
-            found.append(Statistic(f"{claim}, {stage}", what, values, side == ">", threshold))
+            if len(values) >= enough:
+                found.append(Statistic(f"{claim}, {stage}", what, values, side == ">", threshold))
         closest: dict[str, Statistic] = {}
         for (what, method), values in by_seed(map(leads, seeds)).items():
             lead = Statistic(f"C3, {stage}", f"{what} ({method})", values, True, 0, every_seed=False)
-            if lead.seeds >= min(3, len(seeds)):
+            if lead.seeds >= enough:
                 closest[what] = min(closest.get(what, lead), lead, key=lambda s: s.interval()[0])
         found += closest.values()
     return sorted(found, key=lambda s: s.claim)
