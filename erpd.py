@@ -404,8 +404,107 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 
     def objective(policy, part, advantage, tokens, completions):
         log_ratio = policy.log_prob - part.log_probs
-        # A wanted token is pushed up to ρ = 1 + ε: from 5 % to 55 %, where ε = 1 would stop at 10 %. For an unwanted one
-        # the clip never closes where ε ≥ 1, since ρ > 0: there KL alone restrains.
+        # A wanted token is pushed up to ρ = 1 + ε: from 5 % to 55 %, where ε = 1 would stop at 10 %. For an unwanted
+        # one the clip never closes where ε ≥ 1, since ρ > 0: there KL alone restrains.
+        surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.clip_low, config.clip_high)
+        return -kl.masked_mean(surrogate, part.mask, tokens)
+    if name == "nll":
+        return -kl.masked_mean(log_prob, part.mask * part.rewards[:, None], tokens)
+    implicit_reward = config.beta * (log_ratio * part.mask).sum(-1)
+    if name == "ce":
+        return F.binary_cross_entropy_with_logits(implicit_reward, part.rewards, reduction="sum") / completions
+    if name == "mse":
+        return (implicit_reward - advantage[:, 0]).square().sum() / completions
+    raise ValueError(f"unknown loss {name!r}")
+
+
+def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss: str, updates: int, seed: int = 0,
+            stage: str = "explorer", watch: Callable = unwatched, memory: Memory = Memory(),
+            start: tuple | None = None):
+    """Stage 1: many off-policy updates on the fixed batch, from π_0 = `base`; returns the policy they end in.
+
+    advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs, which are π_0's. `start` is a (model,
+    optimizer) to go on with instead.
+    """
+    model, optimizer = start or trainable(base, config.explore_lr, config.checkpointing)
+
+    def objective(policy, part, advantage, tokens, completions):
+        value = explorer_loss(loss, policy.log_prob, part, advantage, tokens, completions, config)
+        if config.kl_coef:
+            value = value + config.kl_coef * kl.masked_mean(policy.kl, part.mask, tokens)
+        log_ratio = policy.log_prob.detach() - part.log_probs
+        spent = kl.on_policy_kl(kl.k3_off_policy(log_ratio), log_ratio, part.mask)
+        return value, {"kl": spent * len(part) / completions,
+                       "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
+
+    size, reference = config.explore_batch, base if config.kl_coef else None
+    for rows, _, show in passes(model, optimizer, rollouts, size, updates, seed, stage, watch, memory, {}):
+        show(optimise(model, optimizer, rollouts.select(rows), advantage[rows, None], objective, config, stage,
+                      reference))
+    return model
+
+
+# -------------------------------------------------------------------------------------------------- stage 2: the signal
+
+def token_signal(kind: str, log_base: Tensor, log_teacher: Tensor | None, log_unlearned: Tensor | None) -> Tensor:
+    """δ_t [B, T], nats: what the drifted policies say of every stored token. All arguments are log-probs [B, T] of it.
+
+        teacher    log π_T − log π_0
+        contrast   log π_T − log π_U     drift that both have in common cancels
+        unlearned  log π_0 − log π_U     a policy that got worse teaches alone
+
+    By Bayes π_0(y_t|s_t, right)/π_0(y_t|s_t) = P(right|s_t, y_t)/P(right|s_t): a teacher that learnt the right
+    completions gives increments of log P(right), one that learnt the wrong ones increments of −log P(wrong), their
+    contrast increments of the log-odds. They add up to the completion's outcome: credit assignment without a critic.
+    """
+    better, worse = {"teacher": (log_teacher, log_base), "contrast": (log_teacher, log_unlearned),
+                     "unlearned": (log_base, log_unlearned)}.get(kind, (None, None))
+    if better is None or worse is None:
+        raise ValueError(f"signal {kind!r} needs other log-probs than were given")
+    return better - worse
+
+
+def combine_signals(signals: Sequence[Tensor], weights: Sequence[float], mask: Tensor) -> Tensor:
+    """Σ_k w_k·δ^k / rms(δ^k) [B, T]: several teachers, each brought to one scale first."""
+    return sum(w * normalised(signal, mask) for w, signal in zip(weights, signals, strict=True))
+
+
+def normalised(signal: Tensor, mask: Tensor, bound: float = math.inf) -> Tensor:
+    """A_t: δ_t over its root mean square on the batch, bounded [B, T]. Not centred: the sign of δ_t is its meaning."""
+    rms = kl.masked_mean(signal.square(), mask).sqrt()
+    return (signal / rms.clamp(min=1e-8) * mask).clamp(-bound, bound)
+
+
+# ----------------------------------------------------------------------------------------------- stage 2: the distiller
+
+def round_budget(rollouts: Rollouts, config: Config) -> float:
+    """KL that the round may spend, nats a completion: as it was given, or `auto`, from the batch's own pass rates."""
+    if config.kl_budget != "auto":
+        return config.kl_budget
+    return kl.budget_from_limit(rollouts.rewards.view(-1, config.group).sum(1), config.group)
+
+
+def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Config, *, seed: int = 0,
+            watch: Callable = unwatched, memory: Memory = Memory()):
+    """Stage 2: from π_0 again, learn from δ_t [B, T] on the same batch, inside a trust region; returns the student.
+
+        maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ)
+
+    KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ begins at 1/√budget, as the slope of what
+    is gained, which grows like √KL, and follows by dual ascent: it rises while the KL on the policy's own prefixes,
+    estimated from the same ones (kl.on_policy_kl), is above the budget, and falls below. The outcome Â is not mixed in:
+    what the student gains is the teachers'. The student is the mean of its weights over the second half of the updates
+    (Polyak and Ruppert), while the learning rate falls to half: what single updates add is noise, and noise costs KL.
+    """
+    model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
+    advantage = normalised(signal, rollouts.mask, config.signal_bound)
+    slope = 1 / math.sqrt(budget)
+    state, seen = {"multiplier": slope, "coefficient": slope, "averaged": 0, "mean": {}}, []
+
+    def objective(policy, part, advantage, tokens, completions):
+        log_ratio = policy.log_prob - part.log_probs
+        # A wanted token is pushed up to ρ = 1 + ε: from 5 % to 55 %, where ε = 1 would stop at 10. For an unwanted one the
+        # clip never closes where ε ≥ 1, since ρ > 0: there KL alone restrains.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
         value = kl.masked_mean(state["coefficient"] * policy.kl - surrogate, part.mask, tokens)
         seen.append(torch.stack([policy.kl.detach(), log_ratio.detach(), part.mask]))

@@ -1,11 +1,11 @@
 """The tables of figures/README.md, from the rows that figures/claims.py has measured."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import isnan
 
 from figures.outcomes import LEVELS, Outcome, mean_interval
 
-STUDENT, ITERATED = "**ERPD's student**", "expert iteration (imitation in rounds), the same budgets"
+STUDENT = "**ERPD's student**"
 NAMES = {"base": "base", "unlearned": "unlearned policy", "erpd": f"{STUDENT}, contrast",
          "erpd, twice the updates": "the same, contrast, twice the updates",
          "erpd, unlearned": f"{STUDENT}, unlearned policy alone", "control": "stage 2 with Â in place of δ_t",
@@ -17,7 +17,8 @@ NAMES = {"base": "base", "unlearned": "unlearned policy", "erpd": f"{STUDENT}, c
          "weights: mse": "MSE, weights moved back", "weights: nll": "imitation, weights moved back",
          "logits: nll": "imitation, logits moved back"}
 ROUNDS = {"erpd rounds": "**ERPD**, contrast", "rounds, twice the updates": "the same, contrast, twice the updates",
-          "unlearned rounds": "**ERPD**, unlearned policy alone", "expert iteration": ITERATED,
+          "unlearned rounds": "**ERPD**, unlearned policy alone",
+          "expert iteration": "expert iteration (imitation in rounds), the same budgets",
           "rounds, share 0.5": "ERPD, budget for ½ of the gap", "rounds, share 0.9": "ERPD, budget for 0.9 of the gap"}
 
 
@@ -94,14 +95,13 @@ def cells(found: dict[str, list[Outcome]]) -> None:
     """The map: KL efficiency half of the way, and the ceiling."""
     compared = ("erpd", "erpd, unlearned", "weights: nll", "nll", "sapo")
 
-    def row(name: str, seeds: list[Outcome]) -> Iterator[str]:
-        yield from (name, f"{len(seeds)}", percent([o.base for o in seeds], 0))
-        for method in compared:
-            efficiency = shown([o.efficiency(method, o.levels[1]) for o in seeds])
-            yield f"{efficiency}; {percent([o.best(method) for o in seeds], 0)}"
+    def both(method: str, seeds: list[Outcome]) -> str:
+        efficiency = shown([o.efficiency(method, o.levels[1]) for o in seeds])
+        return f"{efficiency}; {percent([o.best(method) for o in seeds], 0)}"
 
-    table(("cell", "seeds", "base", *(NAMES[method] for method in compared)),
-          [tuple(row(*cell)) for cell in found.items()])
+    rows = [(name, f"{len(seeds)}", percent([o.base for o in seeds], 0), *(both(method, seeds) for method in compared))
+            for name, seeds in found.items()]
+    table(("cell", "seeds", "base", *(NAMES[method] for method in compared)), rows)
 
 
 def policies(seeds: list[Outcome]) -> None:
@@ -114,5 +114,6 @@ def policies(seeds: list[Outcome]) -> None:
 
     found = dict.fromkeys((row["method"], None if "budget" in row else row["at"]) for o in seeds for row in o.rows)
     order = sorted(found, key=lambda key: (list(NAMES).index(key[0]), key[1] or 0))
-    rows = [(NAMES[method] + (f", {at:g}" if at else ""), *(cell(o, method, at) for o in seeds)) for method, at in order]
+    rows = [(f"{NAMES[method]}, {at:g}" if at else NAMES[method], *(cell(o, method, at) for o in seeds))
+            for method, at in order]
     table(("policy, at", *(f"seed {k}: right, KL, KL efficiency" for k in range(len(seeds)))), rows)
