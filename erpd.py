@@ -89,7 +89,7 @@ class Config:
 
     signal: str = option("contrast", "δ_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
     distill_updates: int = option(128, "updates of the distiller, in passes over the stored batch", 250)
-    distill_lr: float = option(4e-4, "its learning rate, falling to half of it", 1e-6)
+    distill_lr: float = option(4e-4, "its learning rate, times √budget; it falls to half of that", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
     distill_clip: float = option(10.0, "its ε: a wanted token's probability is pushed up to 1 + ε times π_0's")
     signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of δ_t")
@@ -376,6 +376,18 @@ def normalised(signal: Tensor, mask: Tensor, bound: float = math.inf) -> Tensor:
     return (signal / rms.clamp(min=1e-8) * mask).clamp(-bound, bound)
 
 
+def quiet_baseline(advantage: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
+    """b [] = Σ w_t·A_t / Σ w_t, w_t = (1 − π_0(y_t|s_t))²: the baseline of least variance (Weaver & Tao, 1301.2315).
+
+    No constant changes what A_t − b teaches on average, since E_{y~π}[∇log π] = 0, but it does change the noise; w_t is
+    the squared gradient of log π_0(y_t|s_t) in that token's own logit. Where π_0 is in two minds, b is near 0. Where it
+    is nearly always right, the tokens that surprise it are its mistakes, and b is near their A: the right tokens are
+    pushed up by what they leave to others, at every state, and not only where a mistake happened to be sampled.
+    """
+    weight = (1 - log_probs.exp()).square()
+    return kl.masked_mean(weight * advantage, mask) / kl.masked_mean(weight, mask).clamp(min=1e-8)
+
+
 # ----------------------------------------------------------------------------------------------- stage 2: the distiller
 
 def round_budget(rollouts: Rollouts, config: Config) -> float:
@@ -389,18 +401,22 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
             watch: Callable = unwatched, memory: Memory = Memory()):
     """Stage 2: from π_0 again, learn from δ_t [B, T] on the same batch, inside a trust region; returns the student.
 
-        maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ)
+        maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ) − b
 
     KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ begins at 1/√budget, as the slope of what
     is gained, which grows like √KL, and follows by dual ascent: it rises while the KL on the policy's own prefixes,
     estimated from the same ones (kl.on_policy_kl), is above the budget, and falls below. The outcome Â is not mixed in:
-    what the student gains is the teachers'. The student is the mean of its weights over the second half of the updates
-    (Polyak and Ruppert), while the learning rate falls to half: what single updates add is noise, and noise costs KL.
+    what the student gains is the teachers'.
+
+    What single updates add is noise, and noise costs KL. So b is the baseline of least variance; the learning rate goes
+    like √budget, as the distance that may be gone, and falls to half; meanwhile, over the second half of the updates,
+    the student is the mean of its weights (Polyak and Ruppert).
     """
+    radius = math.sqrt(budget)
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
-    slope = 1 / math.sqrt(budget)
-    state, seen = {"multiplier": slope, "coefficient": slope, "averaged": 0, "mean": {}}, []
+    advantage = (advantage - quiet_baseline(advantage, rollouts.log_probs, rollouts.mask)) * rollouts.mask
+    state, seen = {"multiplier": 1 / radius, "coefficient": 1 / radius, "averaged": 0, "mean": {}}, []
 
     def objective(policy, part, advantage, tokens, completions):
         log_ratio = policy.log_prob - part.log_probs
@@ -414,7 +430,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     stage, count = "student on its way", config.distill_updates
     for rows, share, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
                                     state):
-        optimizer.param_groups[0]["lr"] = config.distill_lr * (1 - share / 2)
+        optimizer.param_groups[0]["lr"] = config.distill_lr * radius * (1 - share / 2)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         parts = gathered([part.cpu() for part in seen])
         longest = max(part.shape[2] for part in parts)
