@@ -89,10 +89,10 @@ class Config:
 
     signal: str = option("contrast", "δ_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
     distill_updates: int = option(128, "updates of the distiller, in passes over the stored batch", 250)
-    distill_lr: float = option(4e-4, "its learning rate, times √budget; it falls to half of that", 1e-6)
+    distill_lr: float = option(4e-4, "its learning rate, below a nat times √budget; it falls to half", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
     distill_clip: float = option(10.0, "its ε: a wanted token's probability is pushed up to 1 + ε times π_0's")
-    signal_bound: float = option(3.0, "largest |A_t|, in root mean squares of δ_t")
+    signal_bound: float = option(3.0, "largest |δ_t| that counts, in its root mean squares")
     kl_budget: float | str = option("auto", "KL(π_θ‖π_0) a round may spend, nats a completion; auto: from the limit")
 
     tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
@@ -371,13 +371,13 @@ def combine_signals(signals: Sequence[Tensor], weights: Sequence[float], mask: T
 
 
 def normalised(signal: Tensor, mask: Tensor, bound: float = math.inf) -> Tensor:
-    """A_t: δ_t over its root mean square on the batch, bounded [B, T]. Not centred: the sign of δ_t is its meaning."""
+    """δ_t over its root mean square on the batch, bounded [B, T]. Not centred: the sign of δ_t is its meaning."""
     rms = kl.masked_mean(signal.square(), mask).sqrt()
     return (signal / rms.clamp(min=1e-8) * mask).clamp(-bound, bound)
 
 
 def quiet_baseline(advantage: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
-    """b [] = Σ w_t·A_t / Σ w_t, w_t = (1 − π_0(y_t|s_t))²: the baseline of least variance (Weaver & Tao, 1301.2315).
+    """b [] = Σ w_t·A_t / Σ w_t, w_t = (1 − π_0(y_t|s_t))²: the baseline of least variance (Greensmith et al., 2004).
 
     No constant changes what A_t − b teaches on average, since E_{y~π}[∇log π] = 0, but it does change the noise; w_t is
     the squared gradient of log π_0(y_t|s_t) in that token's own logit. Where π_0 is in two minds, b is near 0. Where it
@@ -408,9 +408,9 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     estimated from the same ones (kl.on_policy_kl), is above the budget, and falls below. The outcome Â is not mixed in:
     what the student gains is the teachers'.
 
-    What single updates add is noise, and noise costs KL. So b is the baseline of least variance; the learning rate goes
-    like √budget, as the distance that may be gone, and falls to half; meanwhile, over the second half of the updates,
-    the student is the mean of its weights (Polyak and Ruppert).
+    What single updates add is noise, and noise costs KL. So b is the baseline of least variance; below a nat the learning
+    rate goes like √budget, as the distance that may be gone; and while it falls to half, over the second half of the
+    updates, the student is the mean of its weights (Polyak and Ruppert).
     """
     radius = math.sqrt(budget)
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
@@ -430,7 +430,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     stage, count = "student on its way", config.distill_updates
     for rows, share, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
                                     state):
-        optimizer.param_groups[0]["lr"] = config.distill_lr * radius * (1 - share / 2)
+        optimizer.param_groups[0]["lr"] = config.distill_lr * min(1, radius) * (1 - share / 2)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         parts = gathered([part.cpu() for part in seen])
         longest = max(part.shape[2] for part in parts)
