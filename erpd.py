@@ -408,9 +408,9 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     estimated from the same ones (kl.on_policy_kl), is above the budget, and falls below. The outcome Â is not mixed in:
     what the student gains is the teachers'.
 
-    What single updates add is noise, and noise costs KL. So b is the baseline of least variance; below a nat the learning
-    rate goes like √budget, as the distance that may be gone; and while it falls to half, over the second half of the
-    updates, the student is the mean of its weights (Polyak and Ruppert).
+    What single updates add is noise, and noise costs KL. So b is the baseline of least variance; below a nat the
+    learning rate goes like √budget, as the distance that may be gone; and the student is the mean of its weights over
+    the second half of the updates (Polyak and Ruppert), while the rate falls to half.
     """
     radius = math.sqrt(budget)
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
