@@ -283,6 +283,18 @@ def test_the_baseline_is_that_of_least_variance():
     assert sure < -1.9  # near its mistake's: what is right is pushed up
 
 
+def test_the_distiller_learns_from_what_is_above_the_baseline(stage, monkeypatch):
+    """Right tokens of a sure policy have hardly an advantage of their own: late rounds would teach next to nothing."""
+    base, _, _, rollouts = stage
+    taught, optimise = [], erpd.optimise
+    monkeypatch.setattr(erpd, "optimise", lambda *a: taught.append(a[2:4]) or optimise(*a))
+    signal = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(0)) + 1
+    erpd.distill(base, rollouts, signal, 0.5, Config(**SMALL | {"distill_updates": 1, "distill_batch": len(rollouts)}))
+    (batch, advantage), = taught
+    weight = (1 - batch.log_probs.exp()).square()
+    assert abs((weight * advantage).sum()) < 1e-3 < abs(advantage.sum()) and not advantage[batch.mask == 0].any()
+
+
 def test_student_stays_within_its_budget_on_its_own_samples(stage):
     """KL on the stored batch flatters: the budget is kept on fresh samples of the student."""
     base, tokenizer, problems, rollouts = stage
