@@ -1,13 +1,13 @@
 """Extreme Region Policy Distillation (arXiv 2605.25582), from top to bottom.
 
-    python erpd.py                                    # the embedded policy: minutes on a laptop
+    python erpd.py                                    # the embedded policy: about a minute on a laptop
     python erpd.py --model Qwen/Qwen3-0.6B --data gsm8k ...
 
 One round, with π_0 the policy it starts from (`one_round` below says the same in code):
 
 1. *Rollouts.* Sample a batch of completions from π_0, once, and judge them.
 2. *Explore.* Squeeze a copy of π_0 on that fixed batch, in many passes and under weak constraints, until it drifts:
-   the extreme region policy π_T. The same loss with reversed targets gives the unlearned policy π_U, which is worse.
+   the extreme region policy π_T. A short run on reversed targets gives the unlearned policy π_U, which is worse.
 3. *Signal.* Both become supervision: a log-ratio δ_t at every stored token. Then they are thrown away.
 4. *Distil.* Starting again from π_0, learn from δ_t on the same batch inside a trust region, with a KL budget.
 5. *Next round.* π_0 ← the student, with new problems.
@@ -371,7 +371,7 @@ def combine_signals(signals: Sequence[Tensor], weights: Sequence[float], mask: T
 
 
 def normalised(signal: Tensor, mask: Tensor, bound: float = math.inf) -> Tensor:
-    """δ_t over its root mean square on the batch, bounded [B, T]. Not centred: the sign of δ_t is its meaning."""
+    """δ_t over its root mean square on the batch, bounded [B, T]. Not centred: for that there is quiet_baseline."""
     rms = kl.masked_mean(signal.square(), mask).sqrt()
     return (signal / rms.clamp(min=1e-8) * mask).clamp(-bound, bound)
 
@@ -406,7 +406,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ begins at 1/√budget, as the slope of what
     is gained, which grows like √KL, and follows by dual ascent: it rises while the KL on the policy's own prefixes,
     estimated from the same ones (kl.on_policy_kl), is above the budget, and falls below. The outcome Â is not mixed in:
-    what the student gains is the teachers'.
+    what the student learns, it has from δ_t alone.
 
     What single updates add is noise, and noise costs KL. So b is the baseline of least variance; below a nat the
     learning rate goes like √budget, as the distance that may be gone; and the student is the mean of its weights over
@@ -497,7 +497,7 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
     """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `memory` takes batch and signal.
 
     The KL is checked on problems of other rounds, `others`: on its own a student was trained to spend little. One late
-    round spent 0.03 nats there and 0.27 elsewhere, and lost 5 points. Without others it is checked on its own.
+    round spent 0.03 nats there and 0.27 elsewhere, and lost 6 points. Without others it is checked on its own.
     """
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, memory)
 

@@ -223,7 +223,7 @@ def budget_from_limit(right: Tensor, group: int, share: float = 0.75, efficiency
     """The KL of a round, nats a completion, from the right completions [P] of each problem in its stored batch.
 
     It is the least that any policy needs to close `share` of the gap between the base's accuracy and 1, over the
-    efficiency that a student can be expected to have. So a round near 100 % spends little, and none of it on noise.
+    efficiency that a student can be expected to have. So a round near 100 % spends little.
     """
     rates = smoothed(right, group)
     accuracies, least = least_kl(rates, points=2000)

@@ -1,6 +1,6 @@
 """The claims of Extreme Region Policy Distillation, measured and judged.
 
-    python figures/claims.py                  # runs what is missing, draws the figures, prints README.md's tables
+    python figures/claims.py                  # runs what is missing, draws, prints figures/README.md's tables
     python figures/claims.py --only           # draws and judges what is there
     python figures/claims.py --quick          # every job of one seed at a tenth of the size; keeps nothing
     python figures/claims.py --model FOLDER   # with SmolLM2-135M-Instruct's small frontier
