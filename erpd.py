@@ -586,10 +586,6 @@ def run(config: Config, folder: Path) -> list[dict]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(settings)
 
-    def write_rows() -> None:
-        if rank() == 0:
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
     def watch(round: int, name: str, model, samples: int = config.test_samples, **about) -> None:
         """Evaluate a policy, on its way with fewer samples. Its row is on disk at once, and not measured again."""
         samples, this = config.curve_samples if "update" in about else samples, (name, round, about.get("update"))
@@ -599,8 +595,9 @@ def run(config: Config, folder: Path) -> list[dict]:
                                tokens_per_step=config.tokens_per_step, **config.sampling)
             rows.append({"policy": name, "round": round, **about, "pass_k": pass_k, **numbers})
             memory.put("rows", rows)
-            write_rows()
             tqdm.write(table(rows[-1:], header=len(rows) == 1))
+        if rank() == 0:
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     policy, size = first, len(problems) if config.method == "grpo" else config.problems
     if done["round"]:
@@ -630,7 +627,6 @@ def run(config: Config, folder: Path) -> list[dict]:
                          f"weights are in {folder / 'last_finite'})") from None
     finally:
         if rows and rank() == 0:
-            write_rows()
             draw_frontier({config.method: rows}, folder / "frontier.png")
     save_policy(policy, tokenizer, folder / "policy")
     return rows
