@@ -581,7 +581,6 @@ def run(config: Config, folder: Path) -> list[dict]:
     problems, held_out = problems_of(config)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     first, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
-    first.requires_grad_(False)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(settings)
@@ -603,7 +602,6 @@ def run(config: Config, folder: Path) -> list[dict]:
     if done["round"]:
         policy, _ = trainable(first, 1.0)
         policy.load_state_dict(done["weights"])
-        policy.requires_grad_(False)
     try:
         with autocast(config.precision, first.device):
             watch(1, "base", first, max(config.test_samples, config.limit_samples))
