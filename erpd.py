@@ -149,7 +149,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
             raise InputError(f"{message} (python erpd.py --help lists every option)")
 
     parser = Parser(prog="erpd.py", usage="python erpd.py [--option value …]", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings")
     parser.add_argument("--paper", action="store_true", help="start from the paper's own settings; give your "
                         "--sample-rows and --template beside them")
@@ -162,27 +162,23 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
         kind = type(f.default)
         section.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(),
                              help=text.replace("%", "%%"))
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    given = vars(parser.parse_args(arguments))  # and nothing that is not
     if "resume" in given:
-        return resumed(Path(given.pop("resume")), sorted(name for name, value in given.items() if value is not False))
-    start = papers if given.pop("paper") else {}
-    config = Config(**start | given)
+        folder = Path(given.pop("resume"))
+        if given:
+            other = min(given).replace("_", "-")
+            raise InputError(f"--resume {folder} takes the settings of that run: leave --{other} out")
+        try:
+            return Config(**json.loads((folder / "config.json").read_text())), folder
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"--resume {folder}: there is no run of this version to go on with ({error})") from None
+    config = Config(**(papers if given.pop("paper", False) else {}) | given)
     folder, model = Path("runs") / config.run, Path(config.model)
     if (model.is_dir() or config.model.count("/") > 1) and not (model / "config.json").is_file():
         raise InputError(f"--model {config.model!r} is no checkpoint folder: there is no {model / 'config.json'}")
     if folder.exists():
         raise InputError(f"{folder} exists: go on with it by --resume {folder}, name another with --run, or remove it")
     return config, folder
-
-
-def resumed(folder: Path, others: Sequence[str]) -> tuple[Config, Path]:
-    """The settings of a run that was stopped. Raises InputError."""
-    if others:
-        raise InputError(f"--resume {folder} takes the settings of that run: leave --{others[0].replace('_', '-')} out")
-    try:
-        return Config(**json.loads((folder / "config.json").read_text())), folder
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"--resume {folder}: there is no run of this version to go on with ({error})") from None
 
 
 def problems_of(config: Config) -> tuple[list[Problem], list[Problem]]:
