@@ -99,8 +99,7 @@ class Bench:
 
     def load(self, name: str):
         """(base policy, tokenizer)."""
-        base, tokenizer = rollout.load_policy(name, "cuda" if torch.cuda.is_available() else "cpu")
-        return base.requires_grad_(False), tokenizer
+        return rollout.load_policy(name, "cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def batch(self) -> tuple[rollout.Rollouts, Tensor]:
