@@ -1,4 +1,4 @@
-"""Tiny policies and a tiny tokenizer for the tests. Everything runs on the GPU where there is one."""
+"""Tiny policies, a tiny tokenizer and a small run for the tests. Everything runs on the GPU where there is one."""
 
 import os
 import sys
@@ -15,6 +15,24 @@ from tokenizers.models import BPE
 from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, Lfm2Config, PhiConfig
 from transformers import (CohereForCausalLM, Gemma2ForCausalLM, GPT2LMHeadModel, GraniteForCausalLM, Lfm2ForCausalLM,
                           PhiForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+
+from rewards import chain_problems
+from rollout import collect, load_policy
+
+TINY = str(Path(__file__).resolve().parents[1] / "tutorial" / "tiny_base")
+SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=1, test_problems=8, test_samples=2,
+             curve_samples=1, limit_samples=2, explore_updates=4, unlearn_updates=2, distill_updates=2,
+             explore_batch=32, distill_batch=32, operands=3)
+
+
+def arguments(**settings):
+    """The command line of a small run, with other settings."""
+    return [part for name, value in (SMALL | settings).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
+
 
 # "a" and "b" merge to "ab" in text, but a policy may as well choose "a" and then "b".
 WORDS = ["<eos>", "<user>", "<model>", *"0123456789", "+", "=", "a", "b", "ab"]
@@ -44,6 +62,14 @@ KINDS = {
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def stage(device):
+    """(base, tokenizer, problems, rollouts): the embedded policy and a batch of 64 completions it sampled."""
+    base, tokenizer = load_policy(TINY, device)
+    problems = chain_problems(8, "train", operands=3, seed=0)
+    return base, tokenizer, problems, collect(base, tokenizer, problems, 8, max_new_tokens=48, seed=0)
 
 
 @pytest.fixture(scope="session")

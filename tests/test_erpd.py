@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,31 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
 import kl
+from conftest import SMALL, TINY, arguments, weights
 from erpd import Config
 from rewards import InputError, chain_problems, group_advantages
 from rollout import Rollouts, autocast, collect, completion_stats, divergence, load_policy, score
 
-TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
-SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=1, test_problems=8, test_samples=2,
-             curve_samples=1, limit_samples=2, explore_updates=4, unlearn_updates=2, distill_updates=2,
-             explore_batch=32, distill_batch=32, operands=3)
-
-
-@pytest.fixture(scope="module")
-def stage(device):
-    """(base, tokenizer, problems, rollouts): the embedded policy and a batch of 64 completions it sampled."""
-    base, tokenizer = load_policy(TINY, device)
-    base.requires_grad_(False)
-    problems = chain_problems(8, "train", operands=3, seed=0)
-    return base, tokenizer, problems, collect(base, tokenizer, problems, 8, max_new_tokens=48, seed=0)
-
-
 def explored(base, rollouts, config, **settings):
     return erpd.explore(base, rollouts, group_advantages(rollouts.rewards, rollouts.groups), config, **settings)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage
@@ -320,10 +301,6 @@ def test_a_small_budget_is_kept_to_from_the_first_updates(stage, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
-
-def arguments(**settings):
-    return [part for name, value in (SMALL | settings).items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
 
 def test_a_whole_run(tmp_path, monkeypatch, capsys):
     """Two rounds of ERPD: rows on disk as printed, a figure, and a policy that transformers loads and that has moved.

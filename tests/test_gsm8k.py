@@ -2,17 +2,15 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 import erpd
+from conftest import TINY
 from figures import gsm8k
 from figures.outcomes import Outcome
 from rewards import chain_problems
-
-TINY = str(Path(__file__).parents[1] / "tutorial" / "tiny_base")
 
 
 @pytest.fixture

@@ -10,25 +10,20 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
+import conftest
 import erpd
 from rewards import chain_problems, load_problems, reward
 from rollout import Memory
 
-HERE = Path(__file__).resolve().parents[1]
-TINY = HERE / "tutorial" / "tiny_base"
-SMALL = dict(model=TINY, explore_lr=1e-4, problems=4, group=4, rounds=1, test_problems=4, test_samples=1,
-             curve_samples=0, limit_samples=1, explore_updates=2, unlearn_updates=1, distill_updates=1, operands=3)
-
-
-def arguments(**settings):
-    return [part for name, value in (SMALL | settings).items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
+HERE, TINY = Path(erpd.__file__).parent, Path(conftest.TINY)
+arguments = partial(conftest.arguments, problems=4, group=4, explore_updates=2)
 
 # ------------------------------------------------------------------------------------- told before torch is imported
 

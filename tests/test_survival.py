@@ -16,30 +16,25 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pytest
 import torch
 
+import conftest
 import erpd
 import kl
+from conftest import SMALL, weights
 from erpd import Config
-from rewards import InputError, chain_problems, group_advantages
+from rewards import InputError, group_advantages
 from rollout import Memory, collect, load_policy, trainable
 
-TINY = str(Path(__file__).resolve().parents[1] / "tutorial" / "tiny_base")
-SMALL = dict(model=TINY, explore_lr=1e-4, problems=8, group=8, rounds=2, test_problems=8, test_samples=2, device="cpu",
-             curve_samples=1, limit_samples=2, explore_updates=8, unlearn_updates=2, distill_updates=8,
-             explore_batch=32, distill_batch=32, operands=3)
+arguments = partial(conftest.arguments, rounds=2, device="cpu", explore_updates=8, distill_updates=8)
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["erpd"])
-
-
-def arguments(**settings):
-    return [part for name, value in (SMALL | settings).items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def started(folder: Path, given: list[str], rank: int = 0, ranks: int = 0, port: int = 0) -> None:
@@ -137,19 +132,6 @@ def test_an_interruption_and_a_folder_that_cannot_be_written_end_with_one_line(t
 
 
 # ------------------------------------------------------------------------------------------------ numbers that go wrong
-
-@pytest.fixture(scope="module")
-def stage(device):
-    """(base, tokenizer, problems, rollouts): the embedded policy and a batch of 64 completions it sampled."""
-    base, tokenizer = load_policy(TINY, device)
-    problems = chain_problems(8, "train", operands=3, seed=0)
-    return (base.requires_grad_(False), tokenizer, problems,
-            collect(base, tokenizer, problems, 8, max_new_tokens=48, seed=0))
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
-
 
 @pytest.mark.parametrize("where", ["log-probs", "advantage", "weight", "gradient"])
 def test_what_is_not_finite_stops_a_stage_with_the_last_finite_weights(stage, where):
