@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, ViTConfig,
+                          ViTForImageClassification)
 
 import conftest
 import erpd
@@ -128,9 +129,15 @@ def more_tokens(model, tokenizer):
     tokenizer.add_tokens(["<more>"])
 
 
+SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
 def encoder(model, tokenizer):
-    return BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                intermediate_size=16)), tokenizer
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), eos_token_id=1, **SIZE)), tokenizer
+
+
+def pictures(model, tokenizer):
+    return ViTForImageClassification(ViTConfig(image_size=16, **SIZE)), tokenizer
 
 
 def no_end(model, tokenizer):
@@ -149,12 +156,14 @@ def spoilt(name: str, content: bytes | None):
 LATE = {
     "NaN weights": (nan_weight, "not finite"), "logits that overflow": (overflowing, "logits are not finite"),
     "a tokenizer of another model": (more_tokens, "embedding of"), "no end of sequence": (no_end, "end-of-sequence"),
-    "an encoder": (encoder, "--model"), "no weights": (spoilt("model.safetensors", None), "--model"),
-    "cut weights": (spoilt("model.safetensors", (TINY / "model.safetensors").read_bytes()[:999]), "--model"),
-    "no tokenizer": (spoilt("tokenizer.json", None), "tokenizer"), "no JSON": (spoilt("config.json", b"{"), "--model"),
+    "an encoder": (encoder, "causal"), "a model of pictures": (pictures, "can load"),
+    "no weights": (spoilt("model.safetensors", None), "can load"),
+    "no tokenizer": (spoilt("tokenizer.json", None), "tokenizer"),
+    "cut weights": (spoilt("model.safetensors", (TINY / "model.safetensors").read_bytes()[:999]), "can load"),
+    "no JSON": (spoilt("config.json", b"{"), "can load"),
     "another kind of model": (spoilt("config.json", b'{"model_type": "magic"}'), "magic"),
 }
-SETTINGS = [(dict(model="no/such-model"), "no/such-model"), (dict(device="cuda:99"), "cuda:99"),
+SETTINGS = [(dict(model="no/such-model"), "can load"), (dict(device="cuda:99"), "cuda:99"),
             (dict(max_new_tokens=600), "context"), (dict(data="long.jsonl", test_data="chain"), "context of"),
             (dict(data="hard.jsonl", test_problems=1), "nothing to learn"), (dict(explore_lr=1e9), "last_finite"),
             (dict(data="nobody/nothing"), "nobody/nothing"), (dict(data="broken.parquet"), "broken.parquet"),
@@ -169,6 +178,7 @@ def refused(capsys, named: str, **settings) -> None:
 
 @pytest.mark.parametrize("name", LATE)
 def test_a_folder_that_is_no_policy_is_refused(tmp_path, monkeypatch, capsys, name):
+    """Mistake: a traceback, or a run of hours, with a folder that cannot serve as a policy."""
     monkeypatch.chdir(tmp_path)
     change, named = LATE[name]
     make = change if change.__name__ == "later" else lambda folder: changed(folder, change)
