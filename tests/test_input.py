@@ -43,38 +43,23 @@ EARLY += [
     (dict(device="mps"), "--device 'mps'"), (dict(resume="runs/taken"), "takes the settings of that run"),
     (dict(model="folder"), "folder/config.json"), (dict(model="no/such/folder"), "no/such/folder"),
     (dict(operands=1, problems=99), "99 chains"), (dict(test_problems=10**9), "1000000000 chains"),
-    (dict(data="no-such-data"), "no-such-data"), (dict(data="missing.jsonl"), "missing.jsonl"),
-    (dict(data="missing.parquet"), "missing.parquet"), (dict(test_data="missing.jsonl"), "missing.jsonl"),
-    (dict(data="folder.jsonl"), "folder.jsonl"), (dict(data="empty.jsonl"), "of empty.jsonl has 0"),
-    (dict(data="blank.jsonl"), "of blank.jsonl has 0"), (dict(data="latin.jsonl"), "latin.jsonl, line 1"),
-    (dict(data="utf16.jsonl"), "utf16.jsonl, line 2"), (dict(data="cut.jsonl"), "cut.jsonl, line 731"),
-    (dict(data="list.jsonl"), "list.jsonl, line 1"), (dict(data="deep.jsonl"), "deep.jsonl, line 1"),
-    (dict(data="fieldless.jsonl"), "no field 'answer'"), (dict(data="null.jsonl"), "problem 1: the answer is no text"),
-    (dict(data="several.jsonl"), "the answer is no text and no number: '[1, 2]'"),
-    (dict(data="nan.jsonl"), "the answer is no text and no number: 'nan'"),
-    (dict(data="object.jsonl"), "the answer is no text"), (dict(data="textless.jsonl"), "the question is no text: '7'"),
-    (dict(data="speechless.jsonl"), "the question is no text"), (dict(data="answerless.jsonl"), "cannot read the gold"),
+    (dict(data="no-such-data"), "no-such-data"), (dict(data="missing.parquet"), "missing.parquet"),
+    (dict(test_data="missing.jsonl"), "missing.jsonl"), (dict(data="folder.jsonl"), "folder.jsonl"),
+    (dict(data="cut.jsonl"), "cut.jsonl, line 731"), (dict(data="unsaid.jsonl"), "cannot read the gold"),
     (dict(data="good.jsonl", question_field="riddle"), "riddle"),
     (dict(data="good.jsonl", problems=200), "200 problems"),
-]
+]  # what else is wrong with a file: test_rewards.py, MISTAKES
 
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
-    """A folder with all the files that are wrong."""
+    """A folder with files that are wrong."""
     folder = tmp_path_factory.mktemp("wrong")
-    good = [json.dumps({"question": f"{n}+1=", "answer": str(n + 1)}) for n in range(100)]
-    rows = {"null": None, "several": [1, 2], "object": {"a": 1}, "nan": float("nan"), "answerless": ""}
-    files = {name: "".join(json.dumps({"question": f"{n}+1=", "answer": answer}) + "\n" for n in range(40))
-             for name, answer in rows.items()}
-    files |= {"empty": "", "blank": "\n\n \n", "list": "[1, 2]", "deep": "[" * 100_000,
-              "fieldless": '{"question": "1+1="}', "textless": '{"question": 7, "answer": "2"}',
-              "speechless": '{"question": " ", "answer": "2"}', "good": "\n".join(good),
-              "cut": "\n".join((good * 8)[:730] + ['{"question": "1+'])}
-    for name, text in files.items():
-        (folder / f"{name}.jsonl").write_text(text)
-    (folder / "latin.jsonl").write_bytes('{"question": "Größe?", "answer": "2"}'.encode("latin-1"))
-    (folder / "utf16.jsonl").write_bytes("\n".join(good[:2]).encode("utf-16"))
+    good, unsaid = ([json.dumps({"question": f"{n}+1=", "answer": answer or str(n + 1)}) for n in range(100)]
+                    for answer in ("", "???"))
+    files = {"good": good, "unsaid": unsaid, "cut": (good * 8)[:730] + ['{"question": "1+']}
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
     for name in ("runs/taken", "folder", "folder.jsonl"):
         (folder / name).mkdir(parents=True)
     return folder

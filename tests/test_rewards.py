@@ -1,5 +1,6 @@
 """Problems, verdicts and advantages. Most tests are tables: one row a case, with the reason in the row."""
 import json
+import math
 import random
 import re
 import subprocess
@@ -454,13 +455,19 @@ MISTAKES = [
     (given(source="missing.parquet"), "no such file: missing.parquet", "a missing parquet file"),
     (given(lines=[json.dumps(GOOD), '{"question": ']), 'line 2: no {"question"', "a broken line"),
     (given(lines=[json.dumps(GOOD), "", "[1]"]), 'line 3: no {"question"', "a line that is no object"),
-    (given(lines=[b"\xff\xfe{"]), 'line 1: no {"question"', "not a text"),
+    (given(lines=[b"\xff\xfe{"]), 'line 1: no {"question"', "not a text"), (given(lines=["", " "]), "has 0", "blanks"),
+    (given(lines=['{"question": "Größe?", "answer": "2"}'.encode("latin-1")]), 'line 1: no {"question"', "Latin-1"),
+    (given(lines=["\n".join([json.dumps(GOOD)] * 2).encode("utf-16")]), 'line 2: no {"question"', "UTF-16"),
     (given(lines=["[" * 100_000]), 'line 1: no {"question"', "nested too deeply"),
     (given(lines=['{"text": "q", "answer": "1"}']), "no field 'question'; it has text, answer", "no question"),
     (given(lines=['{"question": "q"}']), "no field 'answer'; it has question", "no answer"),
     (given(lines=[json.dumps(GOOD)], answer_field="gold"), "no field 'gold'; it has question, answer", "no field"),
-    (given(lines=['{"question": [], "answer": "1"}']), "problem 1: the question is no text", "no text"),
-    (given(lines=['{"question": "q", "answer": null}']), "problem 1: the answer is no text and no number", "null"),
+    *[(given(lines=[json.dumps({"question": question, "answer": "1"})]),
+       f"problem 1: the question is no text: '{question}'", reason) for question, reason in [
+          ([], "no text"), (7, "a number"), (" ", "no words")]],
+    *[(given(lines=[json.dumps({"question": "q", "answer": answer})]),
+       f"problem 1: the answer is no text and no number: {str(answer)!r}", reason) for answer, reason in [
+          (None, "null"), ([1, 2], "several answers"), ({"a": 1}, "an object"), (math.nan, "NaN")]],
     *[(given(lines=[json.dumps(GOOD), json.dumps({"question": "how", "answer": gold})]),
        f"problem 2: cannot read the gold answer {gold!r} ('how')", reason) for gold, reason in [
           ("", "no gold"), ("\\frac{1}{", "unbalanced"), ("1/0", "undefined"), ("???", "signs"),
