@@ -74,24 +74,15 @@ def test_ratios_begin_at_one_in_bf16(stage, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["sapo", "clip"])
 def test_first_gradient_is_the_policy_gradient(stage, loss):
-    """At ρ = 1 every surrogate has the gradient of mean_t Â·log π_θ, computed here with transformers' own loss."""
+    """At ρ = 1 every surrogate has the gradient of mean_t Â·log π_θ (log π_θ: tests/test_rollout.py)."""
     base, _, _, rollouts = stage
-    advantage = group_advantages(rollouts.rewards, rollouts.groups).to(base.device)
+    advantage = group_advantages(rollouts.rewards, rollouts.groups).to(base.device)[:, None]
     model, _ = erpd.trainable(base, 1e-4)
     log_prob, rollouts = completion_stats(model, rollouts).log_prob, rollouts.to(base.device)
     tokens = int(rollouts.length.sum())
-    erpd.explorer_loss(loss, log_prob, rollouts, advantage[:, None], tokens, len(rollouts), Config()).backward()
-    ours = torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    model.zero_grad()
-    for row in range(len(rollouts)):
-        end = int(rollouts.prompt_length[row] + rollouts.length[row])
-        ids = rollouts.ids[row:row + 1, :end]
-        labels = ids.clone()
-        labels[:, :int(rollouts.prompt_length[row])] = -100
-        mean = model(input_ids=ids, labels=labels).loss  # transformers shifts the labels and averages over the tokens
-        (mean * rollouts.length[row] * advantage[row] / tokens).backward()
-    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    surrogate = erpd.explorer_loss(loss, log_prob, rollouts, advantage, tokens, len(rollouts), Config())
+    plain = -(advantage * log_prob * rollouts.mask).sum() / tokens
+    ours, theirs = (torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in (surrogate, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
