@@ -50,14 +50,6 @@ def test_estimators_by_enumeration(estimator, samples, unbiased, slope):
 
 # -------------------------------------------------------------------------------------- log-probs, entropy and exact KL
 
-def test_log_probs_entropy_and_kl_are_those_of_torch():
-    """Mistake: F.kl_div(input, target) read as KL(input‖target): it is KL(target‖input)."""
-    log_p, log_q, ids = random_log_probs(2, 4, 7, seed=1), random_log_probs(2, 4, 7, seed=2), torch.randint(7, (2, 4))
-    p, q = Categorical(logits=log_p), Categorical(logits=log_q)
-    assert_close(kl.token_log_probs(log_p, ids), p.log_prob(ids))
-    assert_close(kl.entropy(log_p), p.entropy())
-    assert_close(kl.exact_kl(log_p, log_q), kl_divergence(p, q))
-
 
 def test_tokens_without_probability():
     """Mistake: 0·log 0 = NaN. A token p never chooses adds nothing; one that only q never chooses makes KL infinite.
@@ -138,7 +130,8 @@ def assert_relative(ours, theirs, relative=1e-5):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_token_stats_are_those_of_all_the_logits(temperature, chunk, has_weight, reference_has):
     """Mistake: a chunk missed or counted twice, a temperature without its slope, a KL's gradient without its mean; a
-    policy or reference whose logits are no h Wᵀ, and which gives its logits instead, treated as if they were."""
+    policy or reference whose logits are no h Wᵀ, and which gives its logits instead, treated as if they were; and in
+    the definitions: F.kl_div(input, target) read as KL(input‖target), which is KL(target‖input)."""
     torch.manual_seed(0)
     n, d, size = 37, 16, 211
     hidden, weight = (3 * torch.randn(n, d)).requires_grad_(), torch.randn(size, d, requires_grad=True)
