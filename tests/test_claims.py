@@ -8,42 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-import rollout
-from conftest import EOS
 from figures import claims, claims_figures, experiments, outcomes
 
 
 def test_a_combined_policy_is_the_normalised_product(make_model, device):
-    """Decoding between two policies with logits that were not normalised first, or with one cache for both."""
-    first, second = make_model("qwen3", 0), make_model("qwen3", 1)
-    prompts = [[5, 6, 7], [8, 9]]
-    settings = {"max_new_tokens": 6, "temperature": 1.0, "stop": [EOS], "pad_id": EOS, "seed": 4}
-    alone = rollout.sample(first, prompts, 3, **settings)
-    assert torch.equal(rollout.sample(experiments.Combined([first], [1.0]), prompts, 3, **settings).ids, alone.ids)
-    mixed = experiments.Combined([first, second], [0.3, 0.7])
-    drawn = rollout.sample(mixed, prompts, 3, **settings)
-    part = drawn.to(device)
-    logits = [m(input_ids=part.ids[:, :-1]).logits.float().log_softmax(-1) for m in (first, second)]
-    expected = (0.3 * logits[0] + 0.7 * logits[1]).log_softmax(-1)
-    log_probs = expected.gather(2, part.ids[:, 1:, None])[..., 0].gather(1, part.completion_positions - 1) * part.mask
-    torch.testing.assert_close(part.log_probs, log_probs, rtol=1e-4, atol=1e-4)
-
-
-def test_kl_between_a_combined_policy_and_a_plain_one(make_model, device):
-    """One of the two has an output layer that is gone through in blocks and the other has logits."""
-    model = make_model("qwen3")
-    colder = experiments.Combined([model], [2.0])
-    rollouts = rollout.sample(colder, [[5, 6, 7]], 4, max_new_tokens=5, temperature=1.0, stop=[EOS], pad_id=EOS, seed=1)
-    stats, there = (rollout.completion_stats(one, rollouts, reference=other)
-                    for one, other in ((colder, model), (model, colder)))
-    rollouts = rollouts.to(device)
-    mask = rollouts.mask.bool()
-    log_q = model(input_ids=rollouts.ids[:, :-1]).logits.float().log_softmax(-1)
-    log_p = (2 * log_q).log_softmax(-1)
-    expected = (log_p.exp() * (log_p - log_q)).sum(-1).gather(1, rollouts.completion_positions - 1)
-    torch.testing.assert_close(stats.kl[mask], expected[mask], rtol=1e-4, atol=1e-5)
-    expected = (log_q.exp() * (log_q - log_p)).sum(-1).gather(1, rollouts.completion_positions - 1)
-    torch.testing.assert_close(there.kl[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    """Decoding between two policies with logits that were not normalised first; at a temperature, with its inverse.
+    (That sampler, scorer and KL, with one cache for all, agree with it: tests/test_rollout.py.)"""
+    ids, models = torch.tensor([[5, 6, 7, 8]], device=device), [make_model("qwen3", 0), make_model("qwen3", 1)]
+    first, second = (model(input_ids=ids).logits for model in models)
+    for kinds, weights, expected in ((models, [0.3, 0.7], 0.3 * first.log_softmax(-1) + 0.7 * second.log_softmax(-1)),
+                                     (models[:1], [2.0], first / 0.5)):
+        logits = experiments.Combined(kinds, weights)(input_ids=ids).logits
+        torch.testing.assert_close(logits.log_softmax(-1), expected.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
 def row(method: str, accuracy: float, kl: float, **more) -> dict:
