@@ -150,7 +150,7 @@ LATE = {
 }
 SETTINGS = [(dict(model="no/such-model"), "can load"), (dict(device="cuda:99"), "cuda:99"),
             (dict(max_new_tokens=600), "context"), (dict(data="long.jsonl", test_data="chain"), "context of"),
-            (dict(data="hard.jsonl", test_problems=1), "nothing to learn"), (dict(explore_lr=1e9), "last_finite"),
+            (dict(data="hard.jsonl", test_problems=1), "nothing to learn"),
             (dict(data="nobody/nothing"), "nobody/nothing"), (dict(data="broken.parquet"), "broken.parquet"),
             (dict(resume="runs/damaged"), "no run of this version"), (dict(resume="runs/other"), "other settings")]
 
