@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.frontier import COLOURS, legend, percent
+from figures.frontier import COLOURS, legend
 from figures.outcomes import Outcome, mean_interval
 
 Stages = dict[str, list[Outcome]]
@@ -63,8 +63,8 @@ def extreme_region(figure: Figure, stages: Stages) -> str:
         axes.xaxis.set_major_formatter("{x:g}")
     accuracy, spent, entropy, fallen = figure.axes
     spent.set_yscale("log")
-    percent(accuracy.yaxis)
-    percent(fallen.yaxis)
+    accuracy.yaxis.set_major_formatter("{x:.0%}")
+    fallen.yaxis.set_major_formatter("{x:.0%}")
     accuracy.axhline(np.mean([o.base for o in outcomes]), **BASE, label="base")
     entropy.axhline(np.mean([o.entropy for o in outcomes]), **BASE)
     fallen.legend(*accuracy.get_legend_handles_labels(), loc="upper left")
@@ -102,7 +102,7 @@ def frontier(figure: Figure, stages: Stages) -> str:
         axes.set(xscale="log", xlim=(0.01, 8), title=title,
                  xlabel="KL(π‖π₀) to reach it, on the policy's own samples, nats a completion (log)")
         axes.xaxis.set_major_formatter("{x:g}")
-        percent(axes.yaxis)
+        axes.yaxis.set_major_formatter("{x:.0%}")
     figure.axes[0].set_ylabel("right completions, held out")
     figure.axes[0].legend(loc="upper left")
     return ("Cross-entropy moved back keeps up with the student; "
@@ -132,7 +132,7 @@ def weak_teachers(figure: Figure, stages: Stages) -> str:
         axes.axvline(np.mean(control), color="grey", linewidth=1, linestyle="--", label="Â in place of δ_t")
         axes.set(xlim=(0, 1), title=title,
                  xlabel=f"right completions, held out; students with a KL budget of {row['budget']:g}")
-        percent(axes.xaxis)
+        axes.xaxis.set_major_formatter("{x:.0%}")
         axes.legend(loc="upper left")
     return "At this budget a teacher's own accuracy hardly matters to its student"
 
@@ -163,7 +163,7 @@ def rounds(figure: Figure, stages: Stages) -> str:
                  ylabel="right completions, held out")
         right.set(xlabel="KL(π‖π₀) to the first base, nats a completion", xlim=(0, None))
         left.legend(*right.get_legend_handles_labels(), loc="lower right")
-        percent(left.yaxis)
+        left.yaxis.set_major_formatter("{x:.0%}")
     return ("With a budget from the limit rounds go on rising, from half of GRPO's rollouts; expert iteration under "
             "the same budgets does as well or better")
 

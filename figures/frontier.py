@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kl  # noqa: E402
@@ -50,10 +49,6 @@ def ways(rows: Sequence[dict]) -> dict[str, list[list[dict]]]:
         of_rounds = found.setdefault(row["policy"].replace("student on its way", "ERPD student"), {})
         of_rounds.setdefault(row["round"], [last.get(row["round"] - 1, rows[0])]).append(row)
     return {name: list(of_rounds.values()) for name, of_rounds in found.items()}
-
-
-def percent(axis, decimals: int | None = 0) -> None:
-    axis.set_major_formatter(PercentFormatter(1.0, decimals))
 
 
 def legend(axes, on=None, **look) -> None:
@@ -116,7 +111,7 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
     kl_axis(axes, max(row["kl"] for rows in runs.values() for row in rows))
     axes.set(ylim=(-0.02, 1.03), ylabel="right completions, held out",
              title="Accuracy against the KL spent for it" + "; numbers: rounds" * (rows[-1]["round"] > 1))
-    percent(axes.yaxis)
+    axes.yaxis.set_major_formatter("{x:.0%}")
     legend(axes, frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
 

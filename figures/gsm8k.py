@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
@@ -32,7 +33,7 @@ import erpd  # noqa: E402
 import rollout  # noqa: E402
 from figures.claims_figures import BLACK, BLUE, GREEN, LIMIT, ORANGE, PINK, SKY, VERMILION  # noqa: E402
 from figures.experiments import Bench, Stage, run_stage  # noqa: E402
-from figures.frontier import kl_axis, legend, line, percent, point  # noqa: E402
+from figures.frontier import kl_axis, legend, line, point  # noqa: E402
 from figures.outcomes import Outcome, outcomes  # noqa: E402
 from rewards import InputError, Problem, load_problems, load_splits, reward, row_problem  # noqa: E402
 
@@ -194,7 +195,7 @@ def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
         kl_axis(axes, max(row[which + "kl"] for outcome in seeds for row in outcome.rows))
         axes.set_title("/".join(Path(name).parts[-2:]))
         axes.set_ylim(0, None)
-        percent(axes.yaxis, decimals=None)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     first = figure.axes[0]
     for outcome in seeds:
         first.plot(*outcome.limit[::-1], **LIMIT, scaley=False, label="the limit: no policy can be to the left")
