@@ -183,8 +183,8 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
 
 def problems_of(config: Config) -> tuple[list[Problem], list[Problem]]:
     """The problems of all rounds, and those held out. Raises InputError."""
-    sources = {"seed": config.seed, "operands": config.operands, "question_field": config.question_field or None,
-               "answer_field": config.answer_field or None, "divide": config.test_data in ("", config.data)}
+    sources = {"seed": config.seed, "operands": config.operands, "question_field": config.question_field,
+               "answer_field": config.answer_field, "divide": config.test_data in ("", config.data)}
     return (load_problems(config.data, "train", config.problems * config.rounds, **sources),
             load_problems(config.test_data or config.data, "test", config.test_problems, **sources))
 

@@ -421,8 +421,7 @@ def bootstrap_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tupl
     values = values.double().cpu()
     generator = torch.Generator().manual_seed(seed)
     means = values[torch.randint(len(values), (draws, len(values)), generator=generator)].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 
 @torch.no_grad()
