@@ -90,24 +90,13 @@ for given in json.load(sys.stdin):
 
 # ------------------------------------------------------------------------------------------------ told by the model
 
-def changed(folder: Path, change) -> str:
-    """A copy of the embedded policy that `change(model, tokenizer)` has broken."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
-    model, tokenizer = change(model, tokenizer) or (model, tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def nan_weight(model, tokenizer):
-    with torch.no_grad():
-        next(model.parameters())[0, 0] = torch.nan
+    next(model.parameters()).data[0, 0] = torch.nan
 
 
 def overflowing(model, tokenizer):
     """Every weight is finite, and no logit."""
-    with torch.no_grad():
-        model.model.norm.weight.fill_(1e38)
+    model.model.norm.weight.data.fill_(1e38)
 
 
 def more_tokens(model, tokenizer):
@@ -118,35 +107,26 @@ SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 
 
 def encoder(model, tokenizer):
-    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), eos_token_id=1, **SIZE)), tokenizer
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), eos_token_id=1, **SIZE))
 
 
 def pictures(model, tokenizer):
-    return ViTForImageClassification(ViTConfig(image_size=16, **SIZE)), tokenizer
+    return ViTForImageClassification(ViTConfig(image_size=16, **SIZE))
 
 
 def no_end(model, tokenizer):
     tokenizer.eos_token = model.config.eos_token_id = model.generation_config.eos_token_id = None
 
 
-def spoilt(name: str, content: bytes | None):
-    """A change after saving: a file of the folder lost, or with other content."""
-    def later(folder: Path) -> str:
-        shutil.copytree(TINY, folder)
-        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-        return str(folder)
-    return later
-
-
+# what is changed in model and tokenizer, another model in its place, or a file spoilt (or lost); what is said
 LATE = {
     "NaN weights": (nan_weight, "not finite"), "logits that overflow": (overflowing, "logits are not finite"),
     "a tokenizer of another model": (more_tokens, "embedding of"), "no end of sequence": (no_end, "end-of-sequence"),
     "an encoder": (encoder, "causal"), "a model of pictures": (pictures, "can load"),
-    "no weights": (spoilt("model.safetensors", None), "can load"),
-    "no tokenizer": (spoilt("tokenizer.json", None), "tokenizer"),
-    "cut weights": (spoilt("model.safetensors", (TINY / "model.safetensors").read_bytes()[:999]), "can load"),
-    "no JSON": (spoilt("config.json", b"{"), "can load"),
-    "another kind of model": (spoilt("config.json", b'{"model_type": "magic"}'), "magic"),
+    "no weights": (("model.safetensors", None), "can load"), "no tokenizer": (("tokenizer.json", None), "tokenizer"),
+    "cut weights": (("model.safetensors", (TINY / "model.safetensors").read_bytes()[:999]), "can load"),
+    "no JSON": (("config.json", b"{"), "can load"),
+    "another kind of model": (("config.json", b'{"model_type": "magic"}'), "magic"),
 }
 SETTINGS = [(dict(model="no/such-model"), "can load"), (dict(device="cuda:99"), "cuda:99"),
             (dict(max_new_tokens=600), "context"), (dict(data="long.jsonl", test_data="chain"), "context of"),
@@ -161,13 +141,19 @@ def refused(capsys, named: str, **settings) -> None:
     assert lines[-1].startswith("erpd.py: ") and named in lines[-1] and "Traceback" not in "".join(lines)
 
 
-@pytest.mark.parametrize("name", LATE)
-def test_a_folder_that_is_no_policy_is_refused(tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize("broken, named", LATE.values(), ids=LATE)
+def test_a_folder_that_is_no_policy_is_refused(tmp_path, monkeypatch, capsys, broken, named):
     """Mistake: a traceback, or a run of hours, with a folder that cannot serve as a policy."""
     monkeypatch.chdir(tmp_path)
-    change, named = LATE[name]
-    make = change if change.__name__ == "later" else lambda folder: changed(folder, change)
-    refused(capsys, named, model=make(tmp_path / "policy"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    if callable(broken):
+        model = broken(model, tokenizer) or model
+    model.save_pretrained("policy")
+    tokenizer.save_pretrained("policy")
+    if not callable(broken):
+        file, content = Path("policy", broken[0]), broken[1]
+        file.unlink() if content is None else file.write_bytes(content)
+    refused(capsys, named, model="policy")
 
 
 @pytest.mark.parametrize("settings, named", SETTINGS, ids=[str(s) for s, _ in SETTINGS])
