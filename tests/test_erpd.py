@@ -33,18 +33,13 @@ def test_the_embedded_policy_has_a_habit_that_no_temperature_cures(device):
 
 # ----------------------------------------------------------------------------------------------------------- the losses
 
-def one_completion(log_prob, behaviour, rewards):
-    """Rollouts of B one-prompt-token rows around given log-probs [B, T]."""
-    rows, steps = log_prob.shape
-    return Rollouts(torch.zeros(rows, steps + 1, dtype=torch.long), torch.ones(rows, dtype=torch.long),
-                    torch.full((rows,), steps), behaviour, torch.tensor(rewards), torch.zeros(rows, dtype=torch.long))
-
 
 def test_sequence_losses_by_hand():
     """mse regresses and ce classifies by β times the *sum* of the log-ratio over the completion, not its mean."""
     log_prob, behaviour = torch.tensor([[-0.5, -1.0], [-2.0, -1.5]]), torch.tensor([[-1.0, -1.5], [-1.0, -1.5]])
-    part, advantage = one_completion(log_prob, behaviour, [1.0, 0.0]), torch.tensor([[1.0], [-1.0]])
-    config = Config(beta=0.5)
+    one, config = torch.tensor([1, 1]), Config(beta=0.5)
+    part = Rollouts(torch.zeros(2, 3, dtype=torch.long), one, 2 * one, behaviour, torch.tensor([1.0, 0.0]), one)
+    advantage = torch.tensor([[1.0], [-1.0]])
     r_right, r_wrong = 0.5 * (0.5 + 0.5), 0.5 * (-1.0 + 0.0)
     mse = erpd.explorer_loss("mse", log_prob, part, advantage, 4, 2, config)
     assert mse.item() == pytest.approx(((r_right - 1) ** 2 + (r_wrong + 1) ** 2) / 2)
