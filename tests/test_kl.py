@@ -215,12 +215,15 @@ def test_noise_is_uniform_and_belongs_to_its_sample():
 
 
 def test_choose_at_the_edges():
-    """Mistake: a token of probability 0 at either end, or an index beyond the last. Its log-prob is the softmax's."""
+    """Mistake: a token of probability 0 at either end, or an index beyond the last, which ends a GPU's process without
+    a word, also where logits are not finite (test_input.py: that is told). Its log-prob is the softmax's."""
     logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf, -math.inf]]).repeat(4, 1)
     uniform = torch.tensor([0.0, 0.1, 0.9, 1 - 2.0 ** -24])
     token, log_prob = kl.choose(logits, 0.5, uniform)
     assert token.tolist() == [1, 1, 2, 2]
     assert_close(log_prob, (logits / 0.5).log_softmax(-1).gather(1, token[:, None])[:, 0])
+    for bad in (math.nan, math.inf):
+        assert (kl.choose(torch.full((4, 5), bad), 1.0, uniform)[0] < 5).all()
 
 
 # ---------------------------------------------------------------------------------------------------------- masked mean
