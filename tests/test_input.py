@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, ViTConfig,
-                          ViTForImageClassification)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedModel,
+                          ViTConfig, ViTForImageClassification)
 
 import conftest
 import erpd
@@ -90,39 +90,19 @@ for given in json.load(sys.stdin):
 
 # ------------------------------------------------------------------------------------------------ told by the model
 
-def nan_weight(model, tokenizer):
-    next(model.parameters()).data[0, 0] = torch.nan
-
-
-def overflowing(model, tokenizer):
-    """Every weight is finite, and no logit."""
-    model.model.norm.weight.data.fill_(1e38)
-
-
-def more_tokens(model, tokenizer):
-    tokenizer.add_tokens(["<more>"])
-
-
-SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-
-
-def encoder(model, tokenizer):
-    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), eos_token_id=1, **SIZE))
-
-
-def pictures(model, tokenizer):
-    return ViTForImageClassification(ViTConfig(image_size=16, **SIZE))
-
-
 def no_end(model, tokenizer):
     tokenizer.eos_token = model.config.eos_token_id = model.generation_config.eos_token_id = None
 
 
-# what is changed in model and tokenizer, another model in its place, or a file spoilt (or lost); what is said
+# what is done to model and tokenizer, another model in its place, or a file spoilt (or lost); what is said
+SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 LATE = {
-    "NaN weights": (nan_weight, "not finite"), "logits that overflow": (overflowing, "logits are not finite"),
-    "a tokenizer of another model": (more_tokens, "embedding of"), "no end of sequence": (no_end, "end-of-sequence"),
-    "an encoder": (encoder, "causal"), "a model of pictures": (pictures, "can load"),
+    "NaN weights": (lambda model, _: model.lm_head.weight.data[0].fill_(torch.nan), "not finite"),
+    "finite weights, no finite logit": (lambda model, _: model.model.norm.weight.data.fill_(1e38), "logits are not"),
+    "a tokenizer of another model": (lambda _, tokenizer: tokenizer.add_tokens(["<more>"]), "embedding of"),
+    "no end of sequence": (no_end, "end-of-sequence"),
+    "an encoder": (lambda *_: BertForMaskedLM(BertConfig(eos_token_id=1, **SIZE)), "causal"),
+    "a model of pictures": (lambda *_: ViTForImageClassification(ViTConfig(image_size=16, **SIZE)), "can load"),
     "no weights": (("model.safetensors", None), "can load"), "no tokenizer": (("tokenizer.json", None), "tokenizer"),
     "cut weights": (("model.safetensors", (TINY / "model.safetensors").read_bytes()[:999]), "can load"),
     "no JSON": (("config.json", b"{"), "can load"),
@@ -146,9 +126,8 @@ def test_a_folder_that_is_no_policy_is_refused(tmp_path, monkeypatch, capsys, br
     """Mistake: a traceback, or a run of hours, with a folder that cannot serve as a policy."""
     monkeypatch.chdir(tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
-    if callable(broken):
-        model = broken(model, tokenizer) or model
-    model.save_pretrained("policy")
+    other = broken(model, tokenizer) if callable(broken) else None
+    (other if isinstance(other, PreTrainedModel) else model).save_pretrained("policy")
     tokenizer.save_pretrained("policy")
     if not callable(broken):
         file, content = Path("policy", broken[0]), broken[1]
