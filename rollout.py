@@ -80,10 +80,10 @@ def save_policy(model, tokenizer, folder: str | Path) -> None:
 def trainable(base, lr: float, checkpointing: bool = False):
     """(model, optimizer): a copy of a policy to train; it stays in eval mode, so that dropout is off."""
     model = copy.deepcopy(base).requires_grad_(True)
-    if checkpointing:  # transformers' own would need train mode
+    if checkpointing:  # transformers' own would need train mode; without dropout there is no random state to keep
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer) and "forward" not in vars(layer):
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
 
@@ -375,7 +375,7 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
     if len(prompts[longest]) + max_new_tokens > context:
         raise InputError(f"problem {longest + 1} has a prompt of {len(prompts[longest])} tokens; with --max-new-tokens "
                          f"{max_new_tokens} that is more than the model's context of {context}: shorten one of them")
-    stop = stop_ids(model, tokenizer)
+    stop, model = stop_ids(model, tokenizer), lowered(model)
     pad_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little left padding in a batch
@@ -568,18 +568,31 @@ def gathered(values: list) -> list:
     return [value for part in every for value in part]
 
 
-def added_up(model, numbers: dict[str, Tensor]) -> dict:
-    """The numbers, and the gradients of the model in place, summed over the processes."""
+def added_up(model, numbers: dict[str, Tensor]) -> dict[str, float]:
+    """The numbers, in one wait for the device, and the gradients in place, summed over the processes."""
+    numbers = dict(zip(numbers, torch.stack([*numbers.values()]).tolist())) if numbers else {}
     if ranks() == 1:
         return numbers
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         dist.all_reduce(weight.grad)
-    every = gathered([{name: float(number) for name, number in numbers.items()}])
+    every = gathered([numbers])
     return {name: sum(part.get(name, 0.0) for part in every) for name in max(every, key=len)}
 
 
-# ------------------------------------- sampling without waiting for launches: decode's text, in steps of a fixed shape
+# ---------------------------------------------------------------------- faster sampling, with the text of the plain one
+
+def lowered(model):
+    """The policy to sample from: the same numbers, without autocast's casting of all its weights at every token."""
+    device = model.device.type
+    if not torch.is_autocast_enabled(device):
+        return model
+    model = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})  # which stay shared
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):  # an embedding that is tied to one stays as it is
+            layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.get_autocast_dtype(device)), False)
+    return model
+
 
 def captured(step: Callable) -> Callable:
     """`step` as a CUDA graph: one launch for all of its operations."""

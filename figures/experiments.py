@@ -138,7 +138,7 @@ class Bench:
             counted = len(self.rows)
             job()
             del self.rows[counted:]
-        weights, model = torch.load(path, weights_only=True), copy.deepcopy(self.base)
+        weights, model = torch.load(path, map_location="cpu", weights_only=True), copy.deepcopy(self.base)
         model.load_state_dict(weights[at] if at else weights)
         return model
 

@@ -17,7 +17,7 @@ from figures.experiments import Combined
 from figures.speed import counted
 from rollout import (Memory, Rollouts, bootstrap_interval, by_tokens, captured, collect, completion_stats,
                      completion_texts, decode, decode_in_graphs, divergence, encode_prompt, evaluate, in_batches,
-                     load_policy, output_embedding, pass_at_k, sample, save_policy, score, stop_ids)
+                     load_policy, lowered, output_embedding, pass_at_k, sample, save_policy, score, stop_ids)
 
 PROMPTS = [[5, 3, 14, 4, 9, 13, 7], [4], [6, 13, 8, 14]]  # ragged
 
@@ -312,6 +312,20 @@ def test_steps_of_fixed_shape_sample_the_same(make_model, name, prompts):
     assert torch.equal(fixed[0], plain[0])
     assert_close(fixed[1], plain[1], atol=1e-4, rtol=0)
     assert len(shapes) > 1 and not any(waits) and len(set(operations)) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "combined"])
+def test_weights_are_cast_once_and_not_at_every_token(make_model, name):
+    """Mistake: other text for speed; the policy itself cast, which is trained on; an embedding that is tied copied."""
+    model = policy(make_model, name)
+    assert lowered(model) is model  # without autocast
+    with torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False):
+        low = lowered(model)
+        assert_same(draw(low), draw(model))
+    kinds = [(layer.weight.dtype, own.weight.dtype, layer.weight is own.weight) for layer, own in
+             zip(low.modules(), model.modules()) if isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))]
+    assert set(kinds) <= {(torch.bfloat16, torch.float32, False), (torch.float32, torch.float32, True)}
+    assert len(set(kinds)) == 2
 
 
 def test_steps_of_fixed_shape_under_autocast(make_model):
