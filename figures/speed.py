@@ -123,6 +123,15 @@ def samplers(folder: str, questions: list[str], group: int, precision: torch.dty
     return lambda new=most: int(sample(new, **more).length.sum()), theirs
 
 
+def cast_once(folder: str, questions: list[str], group: int, most: int = 16) -> list[Callable]:
+    """Sampling under autocast from the weights that `rollout.collect` has lowered before, and from those of fp32."""
+    model, prompts, *_ = policy(folder, questions, group)
+    under = rollout.autocast("bf16", model.device)
+    sample = partial(rollout.sample, prompts=prompts, group=group, max_new_tokens=most, temperature=1.0, stop=[],
+                     pad_id=0, seed=0)
+    return [under(lambda one=one: int(sample(one).length.sum())) for one in (under(rollout.lowered)(model), model)]
+
+
 def passes(model, batch: rollout.Rollouts, reference=None) -> tuple[Callable, Callable]:
     """Forward and backward of −mean log π, plus exact KL to a `reference`: as erpd.py does it, and from logits."""
     count, tokens = int(batch.length.sum()), int(batch.total_length.sum())
@@ -176,6 +185,7 @@ RAGGED = ["What is 7 + 5?", "What is the sum of the two numbers 7 and 5?"] * 4
 CHAINS = [p.question for p in chain_problems(64, "train", operands=4, seed=0)]
 FP32, BF16 = torch.float32, torch.bfloat16
 GENERATE, LOGITS, FULL = "generate", "logits, log_softmax", "log_softmax over full logits"
+CAST = "autocast at every token"
 # name: (what, beside what, the goal; how it is measured; how it is made from a model's folder)
 ROWS = {
     "embedded": ("sampling, embedded policy, 64 × 16", GENERATE, 1.3, in_turn, samplers, CHAINS, 16, FP32),
@@ -186,6 +196,8 @@ ROWS = {
     "memory": ("log-prob + backward, 2048 tokens: memory", FULL, 8, memory, output_layer, 16),
     "kl": ("exact KL + backward, 1024 tokens: memory", "full logits of both", 8, memory, output_layer, 8, True),
     "sampling, SmolLM2": ("sampling, SmolLM2-135M bf16, 8 × 8", GENERATE, 1.3, in_turn, samplers, SUMS[:8], 8, BF16),
+    "autocast, SmolLM2": ("sampling under autocast, SmolLM2-135M, 2 × 4", CAST, 1.5, in_turn, cast_once, SUMS[:2], 4),
+    "autocast, many, SmolLM2": ("the same, 8 × 8", CAST, 1.0, in_turn, cast_once, SUMS[:8], 8),
     "decoding, SmolLM2": ("a decoding step, SmolLM2", GENERATE, 1.1, per_token, samplers, SUMS[:8], 8, BF16),
     "ragged, SmolLM2": ("the same, prompts of two lengths", GENERATE, 1.1, per_token, samplers, RAGGED, 8, BF16),
     "pass, SmolLM2": ("a training pass with exact KL, SmolLM2", LOGITS, 1.2, operations, training,
