@@ -35,7 +35,8 @@ class Count(TorchDispatchMode):
     """Counts operations, views of tensors left out, and how often the host waits for a result."""
 
     operations = waits = 0
-    waiting = "_local_scalar_dense nonzero _unique2 unique_dim unique_consecutive masked_select equal".split()
+    waiting = ("_local_scalar_dense item is_nonzero nonzero _unique2 unique_dim unique_consecutive masked_select "
+               "equal").split()  # in inference mode item and is_nonzero come as they are
     idle = "_unsafe_view empty empty_like empty_strided new_empty".split()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
