@@ -15,6 +15,7 @@ from erpd import Config
 from rewards import InputError, chain_problems, group_advantages
 from rollout import Rollouts, autocast, collect, completion_stats, divergence, load_policy, score
 
+
 def explored(base, rollouts, config, **settings):
     return erpd.explore(base, rollouts, group_advantages(rollouts.rewards, rollouts.groups), config, **settings)
 
@@ -32,7 +33,6 @@ def test_the_embedded_policy_has_a_habit_that_no_temperature_cures(device):
 
 
 # ----------------------------------------------------------------------------------------------------------- the losses
-
 
 def test_sequence_losses_by_hand():
     """mse regresses and ce classifies by β times the *sum* of the log-ratio over the completion, not its mean."""

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
+import rollout
 from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
 from figures.experiments import Combined
@@ -315,13 +316,16 @@ def test_steps_of_fixed_shape_sample_the_same(make_model, name, prompts):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "combined"])
-def test_weights_are_cast_once_and_not_at_every_token(make_model, name):
+def test_weights_are_cast_once_and_not_at_every_token(make_model, tokenizer, monkeypatch, name):
     """Mistake: other text for speed; the policy itself cast, which is trained on; an embedding that is tied copied."""
-    model = policy(make_model, name)
+    model, sampled_from = policy(make_model, name), []
+    monkeypatch.setattr(rollout, "sample", lambda one, *a, **more: sampled_from.append(one) or sample(one, *a, **more))
     assert lowered(model) is model  # without autocast
     with torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False):
         low = lowered(model)
         assert_same(draw(low), draw(model))
+        collect(model, tokenizer, [Problem("1+2=", "3")], 4, max_new_tokens=4)
+    assert {weight.dtype for weight in sampled_from[0].parameters()} == {torch.float32, torch.bfloat16}
     kinds = [(layer.weight.dtype, own.weight.dtype, layer.weight is own.weight) for layer, own in
              zip(low.modules(), model.modules()) if isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))]
     assert set(kinds) <= {(torch.bfloat16, torch.float32, False), (torch.float32, torch.float32, True)}
