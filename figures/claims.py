@@ -2,6 +2,7 @@
 
     python figures/claims.py                  # runs what is missing, draws, prints figures/README.md's tables
     python figures/claims.py --only           # draws and judges what is there
+    python figures/claims.py --fresh          # runs main and rare on five more seeds, which no choice has seen
     python figures/claims.py --quick          # every job of one seed at a tenth of the size; keeps nothing
     python figures/claims.py --model FOLDER   # with SmolLM2-135M-Instruct's small frontier
 
@@ -31,7 +32,7 @@ from figures import claims_figures, claims_tables  # noqa: E402
 from figures.experiments import Stage, erpd, run_stage  # noqa: E402
 from figures.outcomes import LEVELS, Outcome, first_crossing, mean_interval, outcomes  # noqa: E402
 
-RESULTS, SCRATCH = HERE / "results" / "claims.jsonl", Path("runs") / "claims"
+RESULTS, FRESH, SCRATCH = *(HERE / "results" / f"{name}.jsonl" for name in ("claims", "fresh")), Path("runs") / "claims"
 TINY_BASE, LONG_BASE = (str(HERE.parent / "tutorial" / name) for name in ("tiny_base", "long_base"))
 CONSTRAINED = ("clip", "clip + KL 0.2", "clip + KL 1", "sapo + KL 0.2")
 OPPONENTS = (*CONSTRAINED, "sapo", "ce", "mse", "nll", "grpo", "grpo 8×", "temperature", "weights: sapo",
@@ -213,12 +214,14 @@ CELLS = {"256 prompts": ({"problems": 256}, ()), "16 prompts": ({"problems": 16}
          "at most 1 carry": ({}, (0, 1))}
 
 
-def stages() -> list[Stage]:
-    """Both main stages by seed, then the cells of the map."""
+def stages(fresh: bool = False) -> list[Stage]:
+    """Both main stages by seed, then the cells of the map; or both main stages on fresh seeds."""
     found = []
-    for seed in range(5):
+    for seed in range(5, 10) if fresh else range(5):
         found += [Stage("main", config(seed=seed), shares=(0.5, 0.9)),
                   Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.6))]
+    if fresh:
+        return found
     few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.15, 0.4, 1.0, 1.8)}
     return found + [Stage(name, config(seed=seed, test_problems=128, **settings), carries, **few)
                     for seed in range(3) for name, (settings, carries) in CELLS.items()]
@@ -258,6 +261,7 @@ def language_model(model: str) -> list[Stage]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed at a tenth of the size; keeps nothing")
+    parser.add_argument("--fresh", action="store_true", help="main and rare on seeds 5 to 9, for results/fresh.jsonl")
     parser.add_argument("--only", nargs="*", choices=["main", "rare", *CELLS, "SmolLM2"], metavar="stage",
                         help="stages to run, by name; none at all: draw and judge what is there")
     parser.add_argument("--model", default="",
@@ -271,11 +275,11 @@ def main() -> None:
             run_stage(quick_stage(), results, Path(scratch))
             report(outcomes(results))
         return
-    every = stages() + (language_model(arguments.model) if arguments.model else [])
+    every = stages(arguments.fresh) + (language_model(arguments.model) if arguments.model else [])
     wanted = [stage for stage in every if arguments.only is None or stage.name in arguments.only]
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # read by the processes that start here
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        list(pool.map(partial(run_stage, results=RESULTS, folder=SCRATCH), wanted))
+        list(pool.map(partial(run_stage, results=FRESH if arguments.fresh else RESULTS, folder=SCRATCH), wanted))
     found = outcomes(RESULTS)
     report(found)
     write_verdicts(found, HERE / "results" / "verdicts.json")
