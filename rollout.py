@@ -321,6 +321,8 @@ def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature
     logits, attention, position, cache = prefill(model, prompts, total, steps, pad_id)
     width, stop = attention.shape[1] - steps, stop.to(device)
     ragged = len({len(p) for p in prompts}) > 1
+    for layer in cache.layers * ragged:  # else transformers looks into the mask at every token, and a GPU is waited for
+        layer.is_compileable = True
     row = torch.arange(total, device=device)  # the samples that are still going
     tokens = torch.full((total, steps), pad_id, device=device)
     log_probs = torch.zeros(total, steps, device=device)
@@ -337,7 +339,7 @@ def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature
                 row, token, attention, position, going = (x[kept] for x in (row, token, attention, position, going))
                 cache.reorder_cache(kept)
         if t < steps - 1:
-            seen = attention[:, :width + t + 1] if ragged else None  # with a mask, transformers waits to look into it
+            seen = attention[:, :width + t + 1] if ragged else None
             logits = model(input_ids=token[:, None], attention_mask=seen, use_cache=True, past_key_values=cache,
                            position_ids=position + t + 1, logits_to_keep=1).logits[:, -1]
     return tokens.cpu(), log_probs.cpu()

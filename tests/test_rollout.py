@@ -283,6 +283,12 @@ def test_cold_sampling_is_greedy_generate(model):
         assert prompt + completion == greedy[0].tolist()
 
 
+def test_prompts_of_several_lengths_cost_no_wait_at_every_token(model):
+    """Mistake: transformers looking at each token whether the mask is all ones; a GPU is waited for to know it."""
+    few, many = (counted(lambda: draw(model, max_new_tokens=steps, stop=[]))[1] for steps in (6, 14))
+    assert many - few == 2  # who still goes, asked at every fourth
+
+
 def decoded(how, model, prompts, group=24, steps=40, **more):
     """(tokens, log-probs) up to each row's end, 0 after it, at one noise."""
     uniform = torch.rand(len(prompts) * group, steps, generator=torch.Generator().manual_seed(3)).to(model.device)
