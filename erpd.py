@@ -12,8 +12,8 @@ One round, with π_0 the policy it starts from (`one_round` below says the same 
 4. *Distil.* Starting again from π_0, learn from δ_t on the same batch inside a trust region, with a KL budget.
 5. *Next round.* π_0 ← the student, with new problems.
 
-Beside PPO or GRPO: one batch serves many passes, and π_old, which sampled it, never moves. The explorer has no KL term
-and no clip that closes. Only its opinion of the stored tokens is used, never itself, so that it may be worse than π_0.
+Beside PPO or GRPO: one batch serves many passes, and π_old, which sampled it, never moves. By default the explorer has
+no KL term and no clip that closes. Only its opinion of the stored tokens is used, so that it may be worse than π_0.
 That opinion is the distiller's advantage, token by token: no critic, and no outcome. And the distiller's KL is exact,
 with a coefficient that follows from the KL you are willing to spend.
 
@@ -89,10 +89,10 @@ class Config:
 
     signal: str = option("contrast", "δ_t: teacher (π_T over π_0), contrast (π_T over π_U), unlearned (π_0 over π_U)")
     distill_updates: int = option(128, "updates of the distiller, in passes over the stored batch", 250)
-    distill_lr: float = option(4e-4, "its learning rate, below a nat times √budget; it falls to half", 1e-6)
+    distill_lr: float = option(4e-4, "its learning rate, times min(1, √budget); it falls to half of that", 1e-6)
     distill_batch: int = option(64, "completions an update, in whole groups", 64)
     distill_clip: float = option(10.0, "its ε: a wanted token's probability is pushed up to 1 + ε times π_0's")
-    signal_bound: float = option(3.0, "largest |δ_t| that counts, in its root mean squares")
+    signal_bound: float = option(3.0, "bound on |δ_t|, in root mean squares of δ_t over the batch")
     kl_budget: float | str = option("auto", "KL(π_θ‖π_0) a round may spend, nats a completion; auto: from the limit")
 
     tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
@@ -162,7 +162,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
         kind = type(f.default)
         section.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(),
                              help=text.replace("%", "%%"))
-    given = vars(parser.parse_args(arguments))  # and nothing that is not
+    given = vars(parser.parse_args(arguments))  # defaults are left out
     if "resume" in given:
         folder = Path(given.pop("resume"))
         if given:
@@ -211,8 +211,8 @@ from tqdm import tqdm, trange  # noqa: E402
 
 import kl  # noqa: E402
 from figures.frontier import draw_frontier, ends, table  # noqa: E402
-from rollout import (Memory, Rollouts, added_up, autocast, by_tokens, collect, completion_stats,  # noqa: E402
-                     divergence, evaluate, gathered, in_batches, join, load_policy, rank, ranks, save_policy,
+from rollout import (Memory, Rollouts, added_up, autocast, collect, completion_stats, divergence,  # noqa: E402
+                     evaluate, gathered, join, load_policy, micro_batches, mini_batches, rank, ranks, save_policy,
                      score, trainable)
 
 
@@ -222,22 +222,22 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
              reference=None) -> dict:
     """One update of `model` on some of the stored completions, in micro-batches; returns numbers to show.
 
-    advantage is [B, T], or [B, 1] for one that all tokens of a completion share. `objective(policy, part, advantage,
-    tokens, completions)` gives the loss of a micro-batch and numbers to show, from the `policy`'s log-probs, entropy
-    and, with a `reference`, exact KL to it, [b, T] each. The gradient's norm is clipped at 1. Where loss or gradient
-    are not finite it raises FloatingPointError(stage, model), and the model has its last finite weights.
+    advantage is [B, T], or [B, 1] for one that all tokens of a completion share. `objective(stats, part, advantage,
+    tokens, completions)` gives the loss of a micro-batch and numbers to show, from the policy's `stats`: log-probs,
+    entropy and, with a `reference`, exact KL to it, [b, T] each. The gradient's norm is clipped at 1. Where loss or
+    gradient are not finite it raises FloatingPointError(stage, model), and the model has its last finite weights.
     """
     # Every micro-batch divides by the counts of the whole update: then their gradients add up to the update's.
     tokens, completions = int(rollouts.length.sum()), len(rollouts)
     shown = {}
-    for rows in by_tokens(rollouts, config.tokens_per_step):
+    for rows in micro_batches(rollouts, config.tokens_per_step):
         # Completions of like lengths: one forward pass of the policy, and one of the reference without gradients.
         part = rollouts.select(rows)
-        policy = completion_stats(model, part, config.temperature, with_entropy=True, reference=reference)
-        # Their loss, with what else is known of them now beside the policy's numbers.
+        stats = completion_stats(model, part, config.temperature, with_entropy=True, reference=reference)
+        # Of an advantage [B, T] the columns are cut to this micro-batch's; one of [B, 1] stays as it is.
         part, advantages = part.to(model.device), advantage[rows, :part.log_probs.shape[1]]
         advantages = advantages.to(model.device, non_blocking=True)  # or the host would wait for the forward pass here
-        loss, numbers = objective(policy, part, advantages, tokens, completions)
+        loss, numbers = objective(stats, part, advantages, tokens, completions)
         # Gradients add up on the weights; what is shown adds up where it is, without waiting for the device.
         loss.backward()
         numbers = {"loss": loss.detach(), **numbers}
@@ -253,11 +253,11 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
 
 def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable,
            memory: Memory, more: dict) -> Iterator:
-    """(rows, share of the updates done before, show) of each update, in passes over the stored batch; `show(numbers)`
-    puts them on the progress bar.
+    """(rows, updates done before, show) of each update, in passes over the stored batch; `show(numbers)` puts them on
+    the progress bar.
 
     `watch` is called with update=… at checkpoints on the way. At the end of a pass, now and then, `memory` takes all
-    that the stage needs to go on, and `more`.
+    that the stage needs to go on, and `more`; where a stage goes on, `more` is filled in again, in place.
     """
     generator = torch.Generator().manual_seed(seed)
     done = memory.stage(stage, model, optimizer, more)
@@ -267,8 +267,8 @@ def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: 
             bar.set_postfix({name: f"{number:.3g}" for name, number in numbers.items()}, refresh=False)
 
         while done < updates:
-            for rows in in_batches(rollouts, size, generator)[:updates - done]:
-                yield rows, done / updates, show
+            for rows in mini_batches(rollouts, size, generator)[:updates - done]:
+                yield rows, done, show
                 done += 1
                 bar.update()
                 if done in checkpoints(updates):
@@ -325,14 +325,15 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
     """
     model, optimizer = start or trainable(base, config.explore_lr, config.checkpointing)
 
-    def objective(policy, part, advantage, tokens, completions):
-        value = explorer_loss(loss, policy.log_prob, part, advantage, tokens, completions, config)
+    def objective(stats, part, advantage, tokens, completions):
+        value = explorer_loss(loss, stats.log_prob, part, advantage, tokens, completions, config)
         if config.kl_coef:
-            value = value + config.kl_coef * kl.masked_mean(policy.kl, part.mask, tokens)
-        log_ratio = policy.log_prob.detach() - part.log_probs
+            value = value + config.kl_coef * kl.masked_mean(stats.kl, part.mask, tokens)
+        log_ratio = stats.log_prob.detach() - part.log_probs
+        # To show only: weights that are normalised in a micro-batch know nothing of the others'.
         spent = kl.on_policy_kl(kl.k3_off_policy(log_ratio), log_ratio, part.mask)
         return value, {"kl": spent * len(part) / completions,
-                       "entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
+                       "entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}
 
     size, reference = config.explore_batch, base if config.kl_coef else None
     for rows, _, show in passes(model, optimizer, rollouts, size, updates, seed, stage, watch, memory, {}):
@@ -367,18 +368,18 @@ def combine_signals(signals: Sequence[Tensor], weights: Sequence[float], mask: T
 
 
 def normalised(signal: Tensor, mask: Tensor, bound: float = math.inf) -> Tensor:
-    """δ_t over its root mean square on the batch, bounded [B, T]. Not centred: for that there is quiet_baseline."""
+    """δ_t over its root mean square on the batch, bounded [B, T]. Not centred: see least_variance_baseline."""
     rms = kl.masked_mean(signal.square(), mask).sqrt()
     return (signal / rms.clamp(min=1e-8) * mask).clamp(-bound, bound)
 
 
-def quiet_baseline(advantage: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
+def least_variance_baseline(advantage: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
     """b [] = Σ w_t·A_t / Σ w_t, w_t = (1 − π_0(y_t|s_t))²: the baseline of least variance (Greensmith et al., 2004).
 
     No constant changes what A_t − b teaches on average, since E_{y~π}[∇log π] = 0, but it does change the noise; w_t is
-    the squared gradient of log π_0(y_t|s_t) in that token's own logit. Where π_0 is in two minds, b is near 0. Where it
-    is nearly always right, the tokens that surprise it are its mistakes, and b is near their A: the right tokens are
-    pushed up by what they leave to others, at every state, and not only where a mistake happened to be sampled.
+    the squared gradient of log π_0(y_t|s_t) in that token's own logit. Where π_0 is unsure, b is near 0. Where it is
+    nearly always right, the tokens with any weight are its mistakes, so that b is near their A, and a right token has
+    A_t − b > 0 at every state, not only where a mistake happened to be sampled.
     """
     weight = (1 - log_probs.exp()).square()
     return kl.masked_mean(weight * advantage, mask) / kl.masked_mean(weight, mask).clamp(min=1e-8)
@@ -401,8 +402,8 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 
     KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ begins at 1/√budget, as the slope of what
     is gained, which grows like √KL, and follows by dual ascent: it rises while the KL on the policy's own prefixes,
-    estimated from the same ones (kl.on_policy_kl), is above the budget, and falls below. The outcome Â is not mixed in:
-    what the student learns, it has from δ_t alone.
+    estimated from the stored ones (kl.on_policy_kl), is above the budget, and falls below. The outcome Â is not mixed
+    in: what the student learns, it has from δ_t alone.
 
     What single updates add is noise, and noise costs KL. So b is the baseline of least variance; below a nat the
     learning rate goes like √budget, as the distance that may be gone; and the student is the mean of its weights over
@@ -411,34 +412,32 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     radius = math.sqrt(budget)
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
-    advantage = (advantage - quiet_baseline(advantage, rollouts.log_probs, rollouts.mask)) * rollouts.mask
-    state, seen = {"multiplier": 1 / radius, "coefficient": 1 / radius, "averaged": 0, "mean": {}}, []
+    advantage = (advantage - least_variance_baseline(advantage, rollouts.log_probs, rollouts.mask)) * rollouts.mask
+    state, seen = {"multiplier": 1 / radius, "coefficient": 1 / radius, "mean": {}}, []
 
-    def objective(policy, part, advantage, tokens, completions):
-        log_ratio = policy.log_prob - part.log_probs
+    def objective(stats, part, advantage, tokens, completions):
+        log_ratio = stats.log_prob - part.log_probs
         # A wanted token is pushed up to ρ = 1 + ε: from 5 % to 55 %, where ε = 1 would stop at 10 %. For an unwanted
         # one the clip never closes where ε ≥ 1, since ρ > 0: there KL alone restrains.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
-        value = kl.masked_mean(state["coefficient"] * policy.kl - surrogate, part.mask, tokens)
-        seen.append(torch.stack([policy.kl.detach(), log_ratio.detach(), part.mask]))
-        return value, {"entropy": kl.masked_mean(policy.entropy, part.mask, tokens)}
+        value = kl.masked_mean(state["coefficient"] * stats.kl - surrogate, part.mask, tokens)
+        numbers = torch.stack([stats.kl.detach(), log_ratio.detach(), part.mask])
+        seen.append(F.pad(numbers, (0, signal.shape[1] - numbers.shape[2])))
+        return value, {"entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}
 
     stage, count = "student on its way", config.distill_updates
-    for rows, share, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
-                                    state):
-        optimizer.param_groups[0]["lr"] = config.distill_lr * min(1, radius) * (1 - share / 2)
+    for rows, done, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
+                                   state):
+        optimizer.param_groups[0]["lr"] = config.distill_lr * min(1, radius) * (1 - done / count / 2)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
-        parts = gathered([part.cpu() for part in seen])
-        longest = max(part.shape[2] for part in parts)
-        spent = kl.on_policy_kl(*torch.cat([F.pad(part, (0, longest - part.shape[2])) for part in parts], 1)).item()
+        spent = kl.on_policy_kl(*torch.cat(gathered([part.cpu() for part in seen]), 1)).item()
         state["multiplier"], state["coefficient"] = kl.dual_ascent(state["multiplier"], spent, budget)
         show(numbers | {"kl": spent, "lambda": state["coefficient"]})
         seen.clear()
-        if share + 1 / count > 0.5:
-            state["averaged"] += 1
+        if (averaged := done + 1 - count // 2) > 0:
             for name, weight in model.named_parameters():
                 mean = state["mean"].get(name, weight.detach()).to(weight.device)
-                state["mean"][name] = mean.lerp(weight.detach(), 1 / state["averaged"])
+                state["mean"][name] = mean.lerp(weight.detach(), 1 / averaged)
     model.load_state_dict(state["mean"], strict=False)  # buffers, such as a mask, are not trained
     return model
 
@@ -446,8 +445,8 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 def within_budget(base, student, tokenizer, problems: Sequence[Problem], budget: float, config: Config, seed: int = 0):
     """The student, moved back towards π_0 until its on-policy KL is within the budget; and that KL, nats a completion.
 
-    The KL of a policy is known only from its own samples: a few fresh completions of at most 128 of the problems for
-    each trial. Their rewards are not used.
+    The KL of a policy is known only from its own samples: a few new completions of at most 128 of the problems for each
+    trial, all with the same noise. Their rewards are not used.
     """
     def measure(alpha: float) -> float:
         policy = kl.interpolated(base, student, alpha)
@@ -470,7 +469,7 @@ def sampled(policy, tokenizer, problems: Sequence[Problem], config: Config, seed
     """Rollouts to train on: sampled, judged, and with the log-probs that a training pass gives them.
 
     The sampler's own, from a cache of keys and values, are those up to rounding. In bf16 that is 0.05 nats a token and
-    0.65 on 108 tokens (SmolLM2), as much as there is to learn: ρ_t would not begin at 1, nor R at 0.
+    0.65 on 108 tokens (SmolLM2), as much as there is to learn: ρ_t would not begin at 1, nor Σ_t log ρ_t at 0.
     """
     rollouts = collect(policy, tokenizer, problems, config.group, seed=seed, desc="rollouts", **config.sampling)
     log_probs = score(policy, rollouts, config.temperature, config.tokens_per_step, desc="their log-probs")
@@ -492,37 +491,35 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
               watch: Callable = unwatched, memory: Memory = Memory(), others: Sequence[Problem] = ()):
     """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `memory` takes batch and signal.
 
-    The KL is checked on problems of other rounds, `others`: on its own a student was trained to spend little. One late
+    The KL is checked on problems of other rounds, `others`: on its own a late student was trained to spend little. One
     round spent 0.03 nats there and 0.27 elsewhere, and lost 6 points. Without others it is checked on its own.
     """
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, memory)
 
-    def drifted(name: str, batch: Rollouts, targets: Tensor, loss: str, updates: int, watch_way=watch) -> Tensor:
+    def drifted(name: str, batch: Rollouts, targets: Tensor, loss: str, updates: int, watch_updates=watch) -> Tensor:
         """log π(y_t|s_t) [B, T] of a policy explored until it drifts, which is dropped once it has scored the batch."""
-        def work() -> Tensor:
+        if (scores := memory.get(name)) is None:
             model = explore(base, batch, targets, config, loss=loss, updates=updates, seed=seed, stage=name,
-                            watch=watch_way, memory=memory)
+                            watch=watch_updates, memory=memory)
             watch(name, model)
             scores = score(model, batch, config.temperature, config.tokens_per_step, desc=f"{name} scores the batch")
             if not scores.isfinite().all():
                 raise InputError(f"the {name} gives a stored token no probability at all: fewer updates or a lower "
                                  "learning rate leave it something to say")
-            return scores
-
-        return memory.once(name, work)
+            memory.put(name, scores)
+        return scores
 
     log_unlearned, log_teachers = None, [None]
-    if config.signal != "teacher":  # the targets reversed: Â → −Â, r → 1 − r
+    if config.signal != "teacher":  # the targets reversed: Â → −Â, r → 1 − r; only its end is evaluated
         log_unlearned = drifted("unlearned policy", replace(rollouts, rewards=1 - rollouts.rewards), -advantage,
-                                config.unlearn_loss, config.unlearn_updates, watch_way=unwatched)
+                                config.unlearn_loss, config.unlearn_updates, watch_updates=unwatched)
     if config.signal != "unlearned":
         log_teachers = [drifted(f"extreme region policy ({loss})", rollouts, advantage, loss, config.explore_updates)
                         for loss, _ in config.teachers]
 
     signals = [token_signal(config.signal, rollouts.log_probs, teacher, log_unlearned) for teacher in log_teachers]
-    signal = signals[0]
-    if len(signals) > 1:
-        signal = combine_signals(signals, [weight for _, weight in config.teachers], rollouts.mask)
+    weights = [weight for _, weight in config.teachers]
+    signal = signals[0] if len(signals) == 1 else combine_signals(signals, weights, rollouts.mask)
     memory.put("signal", signal)
 
     budget = round_budget(rollouts, config)
@@ -583,7 +580,8 @@ def run(config: Config, folder: Path) -> list[dict]:
 
     def watch(round: int, name: str, model, samples: int = config.test_samples, **about) -> None:
         """Evaluate a policy, on its way with fewer samples. Its row is on disk at once, and not measured again."""
-        samples, this = config.curve_samples if "update" in about else samples, (name, round, about.get("update"))
+        samples = config.curve_samples if "update" in about else samples
+        this = name, round, about.get("update")
         if samples and not any(this == (row["policy"], row["round"], row.get("update")) for row in rows):
             pass_k = min(samples, config.test_samples)
             numbers = evaluate(model, first, tokenizer, held_out, samples, seed=config.seed, desc=name, pass_k=pass_k,
@@ -594,9 +592,9 @@ def run(config: Config, folder: Path) -> list[dict]:
         if rank() == 0:
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    policy, size = first, len(problems) if config.method == "grpo" else config.problems
+    policy, size = first, (len(problems) if config.method == "grpo" else config.problems)
     if done["round"]:
-        policy, _ = trainable(first, 1.0)
+        policy, _ = trainable(first, lr=0.0)  # a copy
         policy.load_state_dict(done["weights"])
     try:
         with autocast(config.precision, first.device):

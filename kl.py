@@ -124,7 +124,7 @@ def masked_mean(values: Tensor, mask: Tensor, denominator: float | None = None) 
     """Σ values·mask / denominator []; the denominator is the mask's own sum unless given.
 
     Give the whole batch's token count when the batch is split into micro-batches: then their gradients add up to the
-    gradient of the whole, however it was split. A mask of zeros gives 0, not NaN.
+    gradient of the whole, however it was split. A mask of zeros gives 0, not NaN; so do infinite values outside it.
     """
     denominator = mask.sum().clamp(min=1) if denominator is None else max(1, denominator)
     return torch.where(mask.bool(), values * mask, 0.0).sum() / denominator
@@ -141,13 +141,13 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float)
     return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
-def soft_gate_surrogate(ratio: Tensor, advantage: Tensor, tau_right: float = 1.0, tau_wrong: float = 1.05) -> Tensor:
-    """f(ρ)·A with f(ρ) = (4/τ)·σ(τ(ρ − 1)) (SAPO, 2511.20347); τ = tau_right where A > 0, else tau_wrong.
+def soft_gate_surrogate(ratio: Tensor, advantage: Tensor, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
+    """f(ρ)·A with f(ρ) = (4/τ)·σ(τ(ρ − 1)) (SAPO, 2511.20347); τ = tau_pos where A > 0, else tau_neg.
 
     f′(1) = 1, as for ρ·A; away from 1 the gate closes smoothly and never quite: it is the weak constraint that lets
     the explorer drift.
     """
-    tau = torch.where(advantage > 0, tau_right, tau_wrong)
+    tau = torch.where(advantage > 0, tau_pos, tau_neg)
     return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
 
 

@@ -44,13 +44,13 @@ class Problem(NamedTuple):
     answer: str
 
 
-def chain_split(question: str) -> str:
+def split_of(question: str) -> str:
     """"train" or "test" (about one in four), decided by the text alone: no seed moves a problem across."""
     return "test" if hashlib.sha256(question.strip().encode()).digest()[0] < 64 else "train"
 
 
 def chain_problems(count: int | None, split: str, operands: int = 4, seed: int = 0) -> list[Problem]:
-    """`count` different sums of `operands` two-digit numbers, such as Problem("37+48+25+96=", "206"): always the same.
+    """`count` different sums of `operands` two-digit numbers, such as Problem("37+48+25+96=", "206"), by `seed`.
     Raises InputError for an unknown split, for no count, and for more than there is room for."""
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}: use train or test")
@@ -61,7 +61,7 @@ def chain_problems(count: int | None, split: str, operands: int = 4, seed: int =
     while len(problems) < count:
         numbers = [rng.randint(10, 99) for _ in range(operands)]
         question = "+".join(map(str, numbers)) + "="
-        if chain_split(question) == split:
+        if split_of(question) == split:
             problems[question] = Problem(question, str(sum(numbers)))
     return list(problems.values())
 
@@ -74,7 +74,7 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
     source: "chain"; a short name (SHORT_NAMES); a .jsonl or .parquet file; or a hub id, "owner/name[:config]".
     count: None takes all in order (not of "chain"); a number takes a random sample without replacement, by `seed`.
     operands: terms of a sum of "chain". question_field, answer_field: found by name if not given.
-    A file, or a data set published in one split (math500, aime24, aime25, polaris), is divided by chain_split of the
+    A file, or a data set published in one split (math500, aime24, aime25, polaris), is divided by split_of of the
     question's text, so that train and test never overlap; "all" is the whole, and so is either split without `divide`.
     Raises InputError for what is unknown, missing, broken or too few, and for a gold answer that cannot be read.
     """
@@ -90,7 +90,7 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
     problems = [(n, row_problem(row, f"{source}, problem {n}", question_field, answer_field))
                 for n, row in enumerate(rows, start=1)]
     if whole and divide and split != "all":
-        problems = [(n, problem) for n, problem in problems if chain_split(problem.question) == split]
+        problems = [(n, problem) for n, problem in problems if split_of(problem.question) == split]
     if not problems or count is not None and not 1 <= count <= len(problems):
         raise InputError(f"cannot take {'any' if count is None else count} problems: "
                          f"the {split} split of {source} has {len(problems)}")
@@ -144,7 +144,7 @@ def row_problem(row: dict, where: str, question_field: str | None, answer_field:
         raise InputError(f"{where}: the question is no text: {str(question)[:60]!r}")
     if "body" in names and not question_field:
         body = str(row[names["body"]]).strip()
-        question = f"{body}{'' if body[-1:] in '.!?,' else ','} {question}"  # a third of them break off in "if …"
+        question = f"{body}{'' if body[-1:] in '.!?,' else ','} {question}"  # SVAMP: a third break off in "if …"
     answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
     answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
     if not isinstance(answer, (str, int, float)) or answer != answer:  # NaN is unlike itself

@@ -118,7 +118,7 @@ class Rollouts:
     """B completions with their prompts, on the CPU; the stored batch of a round.
 
     Token in, token out: these ids are what the behaviour policy saw and chose, and text is never encoded again.
-    Row b is prompt, completion, padding; what is what follows from the lengths alone, so a padding id that is also an
+    Row b is prompt, completion, padding. The lengths alone tell them apart, so a padding id that is also an
     end-of-sequence id does no harm. Token t of completion b is ids[b, prompt_length[b] + t].
     """
 
@@ -193,7 +193,7 @@ class Rollouts:
                            for name in ("prompt_length", "length", "rewards", "groups")})
 
 
-def in_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> list[Tensor]:
+def mini_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> list[Tensor]:
     """Row indices in shuffled batches of about `size`, whole groups each: an advantage compares within its group."""
     groups = rollouts.groups.unique()
     groups = groups[torch.randperm(len(groups), generator=generator)]
@@ -201,7 +201,7 @@ def in_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> lis
     return [torch.isin(rollouts.groups, some).nonzero()[:, 0] for some in groups.split(each)]
 
 
-def by_tokens(rollouts: Rollouts, tokens_per_step: int) -> list[Tensor]:
+def micro_batches(rollouts: Rollouts, tokens_per_step: int) -> list[Tensor]:
     """Row indices in batches of like lengths, the longest first: at most `tokens_per_step` each, padding included,
     but at least one row. Copies of a row share its batch and count once. Of several processes, each has its share.
     """
@@ -276,7 +276,7 @@ def score(model, rollouts: Rollouts, temperature: float = 1.0, tokens_per_step: 
           desc: str = "scoring") -> Tensor:
     """log π(y_t|s_t) [B, T] of the stored completions, 0 after their ends, on the CPU."""
     scores = torch.zeros_like(rollouts.log_probs)
-    for rows in tqdm(by_tokens(rollouts, tokens_per_step), desc=desc, leave=False):
+    for rows in tqdm(micro_batches(rollouts, tokens_per_step), desc=desc, leave=False):
         log_probs = completion_stats(model, rollouts.select(rows), temperature).log_prob
         scores[rows, :log_probs.shape[1]] = log_probs.cpu()
     return sum(gathered([scores]))
@@ -302,8 +302,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
         raise InputError("the policy's logits are not finite: try --precision fp32, or a lower learning rate before")
     ends = torch.isin(tokens, torch.tensor(stop))
     length = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
-    begun = [torch.tensor(p) for p in prompts]
-    ids = [torch.cat([begun[b // group], tokens[b, :n]]) for b, n in enumerate(length.tolist())]
+    ids = [torch.cat([torch.tensor(prompts[b // group]), tokens[b, :n]]) for b, n in enumerate(length.tolist())]
     inside = torch.arange(int(length.max())) < length[:, None]
     return Rollouts(pad_sequence(ids, batch_first=True, padding_value=pad_id),
                     torch.tensor([len(p) for p in prompts]).repeat_interleave(group), length,
@@ -321,7 +320,7 @@ def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature
     logits, attention, position, cache = prefill(model, prompts, total, steps, pad_id)
     width, stop = attention.shape[1] - steps, stop.to(device)
     ragged = len({len(p) for p in prompts}) > 1
-    for layer in cache.layers * ragged:  # else transformers looks into the mask at every token, and a GPU is waited for
+    for layer in cache.layers if ragged else []:  # else transformers reads the mask at every token: a GPU would wait
         layer.is_compileable = True
     row = torch.arange(total, device=device)  # the samples that are still going
     tokens = torch.full((total, steps), pad_id, device=device)
@@ -432,7 +431,7 @@ def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0,
     """Exact KL(π‖π_0), nats a completion and a token, and entropy, on `rollouts` that `model` itself has sampled."""
     kl_sum = entropy_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     other = None if reference is model else reference
-    for rows in tqdm(by_tokens(rollouts, tokens_per_step), desc="exact KL", leave=False):
+    for rows in tqdm(micro_batches(rollouts, tokens_per_step), desc="exact KL", leave=False):
         stats = completion_stats(model, rollouts.select(rows), temperature, with_entropy=True, reference=other)
         entropy_sum = entropy_sum + stats.entropy.sum()
         kl_sum = kl_sum if other is None else kl_sum + stats.kl.sum()
@@ -541,7 +540,7 @@ class Memory:
 # ---------------------------------------------------------------------------------------------------- several processes
 #
 # Started by torchrun, every process has the same policy, batch and random numbers, and computes a share: of the prompts
-# in `collect`, of the micro-batches in `by_tokens`. What they find is put together at once, so that all stay alike.
+# in `collect`, of the micro-batches in `micro_batches`. What they find is put together at once, so that all stay alike.
 
 def join() -> None:
     """Become one of the processes that torchrun has started, if it has, on a GPU of its own where there are some."""

@@ -138,7 +138,7 @@ def passes(model, batch: rollout.Rollouts, reference=None) -> tuple[Callable, Ca
     count, tokens = int(batch.length.sum()), int(batch.total_length.sum())
 
     def ours() -> int:
-        for rows in rollout.by_tokens(batch, 16 * 129):
+        for rows in rollout.micro_batches(batch, 16 * 129):
             part = batch.select(rows)
             stats, mask = rollout.completion_stats(model, part, reference=reference), part.mask.to(DEVICE)
             loss = -stats.log_prob if reference is None else stats.kl - stats.log_prob

@@ -236,10 +236,10 @@ def test_the_baseline_is_that_of_least_variance():
     def variance(baseline) -> float:  # of an unbiased estimate: its mean is the same for every baseline
         return (probs * squares * (advantage.flatten() - baseline).square()).sum().item()
 
-    best = erpd.quiet_baseline(advantage, log_probs.detach(), mask=probs.view(3, 2))
+    best = erpd.least_variance_baseline(advantage, log_probs.detach(), mask=probs.view(3, 2))
     mean = advantage.flatten() @ probs / 3
     assert variance(best) < min(variance(best - 0.01), variance(best + 0.01), variance(mean))
-    sure = erpd.quiet_baseline(advantage[2:], log_probs.detach()[2:], mask=probs.view(3, 2)[2:])
+    sure = erpd.least_variance_baseline(advantage[2:], log_probs.detach()[2:], mask=probs.view(3, 2)[2:])
     assert sure < -1.9  # near its mistake's: what is right is pushed up
 
 

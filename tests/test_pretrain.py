@@ -3,7 +3,7 @@
 import random
 
 import pretrain
-from rewards import chain_split, extract_answer, reward
+from rewards import split_of, extract_answer, reward
 
 
 def test_the_teacher_drops_carries_by_habit_and_makes_no_other_mistake():
@@ -25,7 +25,7 @@ def test_a_training_batch_holds_training_problems_only_and_ends_every_solution()
     for row, label in zip(ids.tolist(), labels.tolist()):
         text = tokenizer.decode(row, skip_special_tokens=True)
         question, solution = text.split("\n", 1)
-        assert chain_split(question) == "train"
+        assert split_of(question) == "train"
         trained = [i for i in label if i != -100]
         assert tokenizer.decode(trained) == "\n" + solution + "<eos>"
         assert trained == row[len(question):len(question) + len(trained)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rewards
-from rewards import InputError, Problem, chain_problems, chain_split, group_advantages, is_correct, load_problems
+from rewards import InputError, Problem, chain_problems, split_of, group_advantages, is_correct, load_problems
 
 # --- Extracting -------------------------------------------------------------------------------------------------------
 EXTRACTED = [
@@ -365,10 +365,10 @@ def test_chain_problems_are_fixed_distinct_and_apart():
         terms = problem.question.removesuffix("=").split("+")
         assert len(terms) == 4 and all(10 <= int(term) <= 99 for term in terms)
         assert sum(map(int, terms)) == int(problem.answer)
-    assert {chain_split(problem.question) for problem in train} == {"train"}
+    assert {split_of(problem.question) for problem in train} == {"train"}
     # a hash that changed would mix old and new splits
     assert chain_problems(1, "test") == [Problem("49+46+79+15=", "189")]
-    assert sum(chain_split(f"{n}=") == "test" for n in range(1000)) == 273
+    assert sum(split_of(f"{n}=") == "test" for n in range(1000)) == 273
 
 
 def write(path, *rows):

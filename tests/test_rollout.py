@@ -16,9 +16,9 @@ from conftest import CHAT, EOS, WORDS, V
 from rewards import InputError, Problem
 from figures.experiments import Combined
 from figures.speed import counted
-from rollout import (Memory, Rollouts, bootstrap_interval, by_tokens, captured, collect, completion_stats,
-                     completion_texts, decode, decode_in_graphs, divergence, encode_prompt, evaluate, in_batches,
-                     load_policy, lowered, output_embedding, pass_at_k, sample, save_policy, score, stop_ids)
+from rollout import (Memory, Rollouts, bootstrap_interval, captured, collect, completion_stats, completion_texts,
+                     decode, decode_in_graphs, divergence, encode_prompt, evaluate, load_policy, lowered,
+                     micro_batches, mini_batches, output_embedding, pass_at_k, sample, save_policy, score, stop_ids)
 
 PROMPTS = [[5, 3, 14, 4, 9, 13, 7], [4], [6, 13, 8, 14]]  # ragged
 
@@ -178,7 +178,7 @@ def test_batches_by_tokens(budget, copies):
     """Mistake: rows lost, copies parted, a budget that forgets the padding, or batches that could have been one."""
     torch.manual_seed(0)
     rollouts = with_copies(torch.randint(20, 200, (257,)), copies)
-    batches, sizes = by_tokens(rollouts, budget), []
+    batches, sizes = micro_batches(rollouts, budget), []
     assert torch.cat(batches).sort().values.tolist() == list(range(257 * copies))
     for rows in batches:
         lengths = rollouts.total_length[rows[rollouts.select(rows).distinct()[0]]]
@@ -192,7 +192,7 @@ def test_in_batches(groups, size, group):
     """Mistake: rows dropped or seen twice in an epoch, a group parted, or an order that the seed does not fix."""
     rollouts = with_copies([5] * groups, group)
     rollouts.groups = 3 * rollouts.completions[:, 0]  # what names a group is no index
-    once, again, other = (in_batches(rollouts, size, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    once, again, other = (mini_batches(rollouts, size, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert sorted(torch.cat(once).tolist()) == list(range(groups * group))
     assert all(map(torch.equal, once, again)) and (groups < 6 or torch.cat(once).tolist() != torch.cat(other).tolist())
     sizes = [len(some) for some in torch.arange(groups).split(max(1, size // group))]  # in groups
