@@ -478,7 +478,9 @@ def sampled(policy, tokenizer, problems: Sequence[Problem], config: Config, seed
 
 def stored_batch(base, tokenizer, problems: Sequence[Problem], config: Config, seed: int, memory: Memory = Memory()):
     """(rollouts, Â [B]): a round's batch, sampled once and judged. Raises NothingToLearn."""
-    rollouts = Rollouts(**memory.once("rollouts", lambda: vars(sampled(base, tokenizer, problems, config, seed))))
+    if (stored := memory.get("rollouts")) is None:
+        memory.put("rollouts", stored := vars(sampled(base, tokenizer, problems, config, seed)))
+    rollouts = Rollouts(**stored)
     advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
     if not advantage.any():
         raise NothingToLearn(

@@ -511,13 +511,6 @@ class Memory:
             for path in self.folder.glob("*.pt"):
                 path.stem in names or path.unlink()
 
-    def once(self, name: str, make: Callable):
-        """What `make()` gave when it was first asked."""
-        value = self.get(name)
-        if value is None:
-            self.put(name, value := make())
-        return value
-
     def stage(self, name: str, model, optimizer, more: dict) -> int:
         """Updates of this stage that were done when the run was stopped, with all as it was then; or 0."""
         state = self.get("state")
