@@ -1,6 +1,6 @@
 """The claims of Extreme Region Policy Distillation, measured and judged.
 
-    python figures/claims.py                  # runs what is missing, draws, prints figures/README.md's tables
+    python figures/claims.py                  # runs what is missing, draws all, prints figures/README.md's tables
     python figures/claims.py --only           # draws and judges what is there
     python figures/claims.py --fresh          # runs main and rare on five more seeds, which no choice has seen
     python figures/claims.py --quick          # every job of one seed at a tenth of the size; keeps nothing
@@ -56,6 +56,11 @@ class Statistic(NamedTuple):
         _, low, high = self.interval()
         complete = self.seeds == len(self.values) or not self.every_seed
         return complete and (low > self.threshold if self.above else high < self.threshold)
+
+    @property
+    def asks(self) -> str:
+        """What it is, without the opponent's name."""
+        return self.what.partition(" (")[0]
 
     @property
     def seeds(self) -> int:
@@ -178,19 +183,27 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     return sorted(found, key=lambda s: s.claim)
 
 
-def report(by_stage: dict[str, list[Outcome]]) -> None:
-    """Print the tables of figures/README.md."""
+def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]]) -> None:
+    """Print the tables of figures/README.md; beside each statistic stands that of fresh seeds, and of all."""
     found = statistics(by_stage)
+    again, both = ({(s.claim, s.asks): s for s in statistics(some)} for some in (fresh, together(by_stage, fresh)))
     for number in dict.fromkeys(s.claim[:2] for s in found):
-        mine = {stage: [s for s in found if s.claim == f"{number}, {stage}"] for stage in ("main", "rare")}
+        mine = {stage: [(s, *(others.get((s.claim, s.asks)) if (s.claim, s.asks) in again else None
+                              for others in (again, both))) for s in found if s.claim == f"{number}, {stage}"]
+                for stage in ("main", "rare")}
         claims_tables.claim(number, {stage: some for stage, some in mine.items() if some})
-    for part in claims_tables.methods, claims_tables.rounds:
-        for stage in filter(by_stage.get, ("main", "rare")):
-            part(stage, by_stage[stage])
+    for seeds, name in (by_stage, ""), (fresh, ", fresh seeds"):
+        for part in claims_tables.methods, claims_tables.rounds:
+            for stage in filter(seeds.get, ("main", "rare")):
+                part(f"`{stage}`{name}", seeds[stage])
     if cells := {name: by_stage[name] for name in CELLS if name in by_stage}:
         claims_tables.cells(cells)
     if "SmolLM2" in by_stage:
         claims_tables.policies(by_stage["SmolLM2"])
+
+
+def together(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]]) -> dict[str, list[Outcome]]:
+    return by_stage | {stage: by_stage.get(stage, []) + seeds for stage, seeds in fresh.items()}
 
 
 def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
@@ -208,6 +221,7 @@ def write_verdicts(by_stage: dict[str, list[Outcome]], path: Path) -> None:
 config = partial(erpd.Config, model=TINY_BASE, explore_lr=3e-5, explore_updates=256, unlearn_updates=64,
                  distill_updates=256, test_problems=256, test_samples=8, curve_samples=4, limit_samples=64)
 RARE = {"model": LONG_BASE, "operands": 8, "max_new_tokens": 128, "curve_samples": 2}
+STEPS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9, 1.0)
 # name: (settings, which carries)
 CELLS = {"256 prompts": ({"problems": 256}, ()), "16 prompts": ({"problems": 16}, ()),
          "2 operands": ({"operands": 2}, ()), "3 carries": ({}, (3,)), "2 carries": ({}, (2,)),
@@ -218,8 +232,8 @@ def stages(fresh: bool = False) -> list[Stage]:
     """Both main stages by seed, then the cells of the map; or both main stages on fresh seeds."""
     found = []
     for seed in range(5, 10) if fresh else range(5):
-        found += [Stage("main", config(seed=seed), shares=(0.5, 0.9)),
-                  Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.6))]
+        found += [Stage("main", config(seed=seed), shares=(0.5, 0.9), budgets=(0.25, 0.5, 0.9, 1.1, 1.4), steps=STEPS),
+                  Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.3, 2.6), steps=STEPS)]
     if fresh:
         return found
     few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.15, 0.4, 1.0, 1.8)}
@@ -273,17 +287,17 @@ def main() -> None:
         with TemporaryDirectory() as scratch:
             results = Path(scratch) / "claims.jsonl"
             run_stage(quick_stage(), results, Path(scratch))
-            report(outcomes(results))
+            report(outcomes(results), {})
         return
     every = stages(arguments.fresh) + (language_model(arguments.model) if arguments.model else [])
     wanted = [stage for stage in every if arguments.only is None or stage.name in arguments.only]
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # read by the processes that start here
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         list(pool.map(partial(run_stage, results=FRESH if arguments.fresh else RESULTS, folder=SCRATCH), wanted))
-    found = outcomes(RESULTS)
-    report(found)
+    found, fresh = outcomes(RESULTS), outcomes(FRESH)
+    report(found, fresh)
     write_verdicts(found, HERE / "results" / "verdicts.json")
-    claims_figures.draw(found)
+    claims_figures.draw(together(found, fresh))
 
 
 if __name__ == "__main__":

@@ -43,25 +43,35 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print()
 
 
-def claim(number: str, statistics: dict[str, list]) -> None:
-    """The verdict on a claim, by stage, and the statistics behind it."""
+def claim(number: str, statistics: dict[str, list[tuple]]) -> None:
+    """The verdict on a claim, by stage, and the statistics behind it: (statistic, that of fresh seeds, that of all)."""
     verdicts, rows = [], []
     for stage, some in statistics.items():
-        met = [s.met() for s in some]
+        met, again, both = ([s.met() for s in column if s] for column in zip(*some))
         verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
-        verdicts.append(f"`{stage}` {verdict}, {sum(met)} of {len(met)}")
-        for s in some:
-            mean, low, high = s.interval()
-            seeds = f"{s.seeds}" if s.seeds == len(s.values) else f"{s.seeds} of {len(s.values)}"
-            rows.append((stage, " ".join(s.what.split()), seeds, f"{mean:.3f} ({low:.3f} – {high:.3f})",
-                         f"{'>' if s.above else '<'} {s.threshold:.3g}", "met" if s.met() else "**missed**"))
+        beside = f" (of {len(again)}: fresh seeds {sum(again)}, all {sum(both)})" if again else ""
+        verdicts.append(f"`{stage}` {verdict}, {sum(met)} of {len(met)}{beside}")
+        for s, *others in some:
+            beside = [cell for other in others for cell in judged(other, s)]
+            asked = f"{'>' if s.above else '<'} {s.threshold:.3g}"
+            rows.append((stage, " ".join(s.what.split()), asked, *judged(s), *beside))
     print(number, f"{'; '.join(verdicts)}.", sep="\n")
-    table(("stage", "statistic", "seeds", "mean (95 % interval)", "asked", ""), rows)
+    table(("stage", "statistic", "asked", "seeds 0 to 4", "", "fresh seeds, 5 to 9", "", "all", ""), rows)
+
+
+def judged(s, beside=None) -> tuple[str, str]:
+    """(mean and interval, whether it is met) of a statistic; with the opponent, where that is not the one `beside`."""
+    if s is None:
+        return "", ""
+    mean, low, high = s.interval()
+    opponent = s.what.partition("(")[2].rstrip(")") + ": " if beside and s.what != beside.what else ""
+    seeds = f", {s.seeds} of {len(s.values)}" if s.seeds < len(s.values) else ""
+    return f"{opponent}{mean:.3f} ({low:.3f} – {high:.3f}){seeds}", "met" if s.met() else "**missed**"
 
 
 def methods(stage: str, seeds: list[Outcome]) -> None:
     """KL efficiency at the four levels and the ceiling, of every method on a stage; and what was stopped too early."""
-    print(f"`{stage}`, base {percent([o.base for o in seeds])}:")
+    print(f"{stage}, base {percent([o.base for o in seeds])}:")
     rows = []
     for method, name in NAMES.items():
         have = [o for o in seeds if o.of(method)]
@@ -69,13 +79,13 @@ def methods(stage: str, seeds: list[Outcome]) -> None:
             efficiency = [shown([o.efficiency(method, o.levels[k]) for o in have]) for k in range(len(LEVELS))]
             rows.append((name, f"{len(have)}", *efficiency, percent([o.best(method) for o in have])))
     table(("method", "seeds", *LEVELS, "ceiling"), rows)
-    rising = [f"{path} (seed {seed})" for seed, o in enumerate(seeds) for path in o.still_rising()]
+    rising = [f"{path} (seed {o.rows[0]['seed']})" for o in seeds for path in o.still_rising()]
     print(f"Direct methods still rising at their end: {'; '.join(rising) or 'none'}.\n")
 
 
 def rounds(stage: str, seeds: list[Outcome]) -> None:
     """Accuracy and mean KL to the first base, round by round."""
-    print(f"`{stage}`: right (KL to the first base, nats a completion)")
+    print(f"{stage}: right (KL to the first base, nats a completion)")
 
     def cell(rows: Sequence[dict]) -> str:
         return f"{percent([row['accuracy'] for row in rows])} ({mean_interval([row['kl'] for row in rows])[0]:.2f})"

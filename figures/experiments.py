@@ -38,6 +38,7 @@ class Stage:
     most: int = 2048
     nll_least: int = 512  # of cross-entropy, the strongest
     budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students', nats; none: the round's
+    steps: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of the way that policies are moved back to
     everything: bool = True  # False: the frontier alone
     all_weights: bool = True  # of checkpoints are kept; False: the best one's
     shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets
@@ -187,7 +188,7 @@ class Bench:
         """The most accurate checkpoint of a loss, moved back towards the base by steps."""
         best = max((row for row in self.rows if row["method"] == loss), key=lambda row: row["accuracy"])
         model = self.checkpoint(loss, best["lr"], best["at"])
-        for share in (0.25, 0.5, 0.75, 0.9, 1.0):
+        for share in self.stage.steps:
             between = kl.interpolated(self.base, model, share)
             if kind == "logits":
                 between = Combined([self.base, model], [1 - share, share])

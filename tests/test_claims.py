@@ -92,10 +92,23 @@ def test_a_statistic_is_met_only_with_its_whole_interval():
 
 def test_the_tables_of_the_page_are_those_of_the_rows(capsys):
     """Mistake: a table that is older than what was measured."""
-    claims.report(outcomes.outcomes(claims.RESULTS))
+    claims.report(outcomes.outcomes(claims.RESULTS), outcomes.outcomes(claims.FRESH))
     page = " ".join((claims.HERE / "README.md").read_text().split())
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) > 100 and [line for line in lines if line not in page] == []
+
+
+def test_fresh_seeds_stand_beside_each_statistic_and_name_another_opponent(capsys):
+    """Mistake: another statistic beside, one seed's verdict taken for the other's, or an opponent that changed."""
+    def seeds(nll, grpo):
+        return [outcome(row("sapo", 0.5, 2 + k / 100, lr=3e-5), row("erpd", 0.9, 1.0, rollouts=9), row("nll", nll, 1.0),
+                        row("grpo", grpo, 1.0)) for k in range(3)]
+
+    claims.report({"main": seeds(nll=0.88, grpo=0.7)}, {"main": seeds(nll=0.7, grpo=0.95)})
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in capsys.readouterr().out.splitlines()]
+    ceiling, = (line for line in cells if line and line[0].startswith("e ceiling less the closest's"))
+    assert ceiling == ["e ceiling less the closest's (nll)", "> 0", "0.020 (0.020 – 0.020)", "met",
+                       "grpo: -0.050 (-0.050 – -0.050)", "**missed**", "grpo: 0.075 (-0.069 – 0.219)", "**missed**"]
 
 
 def test_the_map_is_of_the_cells_that_were_run(tmp_path, monkeypatch):
