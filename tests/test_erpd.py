@@ -116,8 +116,9 @@ def test_student_is_the_mean_of_its_weights_over_the_second_half(stage, monkeypa
 
     monkeypatch.setattr(erpd, "optimise", watched)
     config = Config(**SMALL | {"distill_updates": 4}, distill_lr=1e-3)
-    student = erpd.distill(base, rollouts, rollouts.mask, 1.0, config)
-    assert rates == pytest.approx([1e-3, 0.875e-3, 0.75e-3, 0.625e-3])
+    signal = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(0))  # a constant teaches nothing
+    student = erpd.distill(base, rollouts, signal, 1.0, config)
+    assert (after[1] - after[3]).abs().max() > 1e-4 and rates == pytest.approx([1e-3, 0.875e-3, 0.75e-3, 0.625e-3])
     torch.testing.assert_close(weights(student), (after[2] + after[3]) / 2)
 
 
