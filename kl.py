@@ -154,17 +154,17 @@ def soft_gate_surrogate(ratio: Tensor, advantage: Tensor, tau_pos: float = 1.0, 
 # -------------------------------------------------------------------------------------------------------- the KL budget
 
 def dual_ascent(multiplier: float, kl: float, budget: float, rate: float = 0.05, gain: float = 1.0,
-                bound: float = 1e3) -> tuple[float, float]:
+                least: float = 0.0, bound: float = 1e3) -> tuple[float, float]:
     """One step on the dual of max J s.t. KL ≤ budget: (multiplier, the KL coefficient λ to use in the next update).
 
         log multiplier += rate·e        λ = multiplier·exp(gain·e)        e = kl/budget − 1, bounded to [−1, 1]
 
-    The multiplier integrates what is over- or underspent. It answers late, since the policy takes many updates to
-    follow, and alone it swings; the second factor answers at once and damps that (a PI controller on the Lagrangian,
-    as in 2007.03964).
+    The multiplier integrates what is over- or underspent, within [least, bound]. It answers late, since the policy takes
+    many updates to follow, and alone it swings; the second factor answers at once and damps that (a PI controller on
+    the Lagrangian, as in 2007.03964).
     """
     overspent = min(max(kl / budget - 1, -1.0), 1.0)
-    multiplier = min(max(multiplier * math.exp(rate * overspent), 1 / bound), bound)
+    multiplier = min(max(multiplier * math.exp(rate * overspent), least, 1 / bound), bound)
     return multiplier, multiplier * math.exp(gain * overspent)
 
 

@@ -232,18 +232,18 @@ class Bench:
             teacher = self.score(self.checkpoint(loss, lr or self.config.explore_lr, at or self.stage.least))
         return erpd.token_signal(kind, self.rollouts.log_probs, teacher, self.log_unlearned)
 
-    def student(self, signal: Tensor, budget: float, updates: int = 0, **about) -> None:
-        """Stage 2 as in erpd.one_round, at a budget; `updates`: in place of the stage's."""
-        config = replace(self.config, distill_updates=updates or self.config.distill_updates)
+    def student(self, signal: Tensor, budget: float, settings: dict | None = None, **about) -> None:
+        """Stage 2 as in erpd.one_round, at a budget; `settings`: in place of the stage's."""
+        config = replace(self.config, **settings or {})
         student = erpd.distill(self.base, self.rollouts, signal, budget, config, seed=self.seed)
         student, spent = erpd.within_budget(self.base, student, self.tokenizer, self.first, budget, config, self.seed)
         self.measure(student, **{"at": budget, **about}, budget=budget, spent=spent, rollouts=len(self.rollouts))
 
-    def ladder(self, method: str, kind: str, budgets: tuple[float, ...], updates: int = 0) -> None:
+    def ladder(self, method: str, kind: str, budgets: tuple[float, ...], **settings) -> None:
         """Students at several budgets; where none is given, at the round's own."""
         signal = self.signal(kind)
         for budget in budgets or [erpd.round_budget(self.rollouts, self.config)]:
-            self.student(signal, budget, updates, method=method, path=kind)
+            self.student(signal, budget, settings, method=method, path=kind)
 
     def teachers(self) -> None:
         """Students of teachers from strong to collapsed, at one budget; and of several teachers."""
@@ -325,7 +325,8 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
              "weights: sapo": partial(bench.steps_back, "sapo", "weights")}
     if not stage.everything:
         return plan
-    plan["control"] = partial(bench.ladder, "control", "control", stage.budgets[1:3])
+    # With a floor under λ the control spends less of its budget, and is weaker.
+    plan["control"] = partial(bench.ladder, "control", "control", stage.budgets[1:3], lambda_floor=0.0)
     for times, name in (8, "grpo 8×"), (1, "grpo"):
         plan |= {f"{name} {lr:g}": partial(bench.grpo, lr, times) for lr in stage.rates}
     plan |= {"rounds": partial(bench.rounds, "erpd rounds"),
@@ -338,9 +339,9 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
              "temperature": partial(bench.temperatures, 0.3, 0.7, 1.3)}
     for loss, kl_coef in ("sapo", 0.2), ("clip", 0.2), ("clip", 1.0):
         plan |= bench.direct(loss, kl_coef)
-    more, twice = 2 * stage.config.distill_updates, "twice the updates"  # has the student stopped rising?
-    plan |= {f"erpd, {twice}": partial(bench.ladder, f"erpd, {twice}", "contrast", stage.budgets, more),
-             f"rounds, {twice}": partial(bench.rounds, f"rounds, {twice}", distill_updates=more)}
+    name, twice = "twice the updates", {"distill_updates": 2 * stage.config.distill_updates}  # does it rise further?
+    plan |= {f"erpd, {name}": partial(bench.ladder, f"erpd, {name}", "contrast", stage.budgets, **twice),
+             f"rounds, {name}": partial(bench.rounds, f"rounds, {name}", **twice)}
     for share in stage.shares:
         name = f"rounds, share {share:g}"
         plan[name] = partial(bench.rounds, name, partial(round_with, share))

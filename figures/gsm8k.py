@@ -148,7 +148,7 @@ def jobs(bench: GradeSchool, everything: bool) -> dict[str, Callable]:
             **bench.direct("nll"), "weights: nll": partial(bench.steps_back, "nll", "weights")}
     if everything:
         plan |= bench.direct("sapo") | bench.direct("clip", 0.2)
-        plan["control"] = partial(bench.ladder, "control", "control", ())
+        plan["control"] = partial(bench.ladder, "control", "control", (), lambda_floor=0.0)
         for times in (1, TIMES):
             plan |= {f"grpo {times}× {lr:g}": partial(bench.grpo, lr, times) for lr in bench.stage.rates}
         plan["temperature"] = partial(bench.temperatures, 0.7, 1e-3)  # the second is greedy

@@ -274,10 +274,20 @@ def test_a_small_budget_is_kept_to_from_the_first_updates(stage, monkeypatch):
     small one, and what they moved is noise when they are called back."""
     base, _, _, rollouts = stage
     spending, dual_ascent = [], kl.dual_ascent
-    monkeypatch.setattr(kl, "dual_ascent", lambda *a: spending.append(a[1] / a[2]) or dual_ascent(*a))
+    monkeypatch.setattr(kl, "dual_ascent", lambda *a, **k: spending.append(a[1] / a[2]) or dual_ascent(*a, **k))
     signal = group_advantages(rollouts.rewards, rollouts.groups)[:, None] * rollouts.mask
     erpd.distill(base, rollouts, signal, 0.01, Config(**SMALL | {"distill_updates": 16, "distill_batch": 64}))
     assert sum(spending) / 16 < 1.5
+
+
+def test_a_budget_is_a_bound_and_no_goal(stage, monkeypatch):
+    """Mistake: a λ that falls until a budget is spent which buys nothing: granted a nat on two operands, a student
+    spent it, and lost 17 points."""
+    base, _, _, rollouts = stage
+    prices, dual_ascent = [], kl.dual_ascent
+    monkeypatch.setattr(kl, "dual_ascent", lambda *a, **k: prices.append(dual_ascent(*a, **k)) or prices[-1])
+    erpd.distill(base, rollouts, rollouts.mask, 100.0, Config(**SMALL | {"distill_updates": 16}))
+    assert min(multiplier for multiplier, _ in prices) == prices[-1][0] == pytest.approx(0.075)
 
 
 # ----------------------------------------------------------------------------------------------------- the command line

@@ -295,6 +295,7 @@ def test_dual_ascent_direction_and_bounds():
         assert kl.dual_ascent(1.0, kl=wild, budget=1.0, rate=0.1) == kl.dual_ascent(1.0, kl=2.0, budget=1.0, rate=0.1)
     assert kl.dual_ascent(900.0, kl=9.0, budget=1.0, rate=1.0, bound=1e3)[0] == 1e3
     assert kl.dual_ascent(2e-3, kl=0.0, budget=1.0, rate=9.0, bound=1e3)[0] == 1e-3
+    assert kl.dual_ascent(0.6, kl=0.0, budget=1.0, rate=9.0, least=0.5)[0] == 0.5
 
 
 @pytest.mark.parametrize("start", [0.01, 1.0, 100.0])
