@@ -280,14 +280,17 @@ def test_a_small_budget_is_kept_to_from_the_first_updates(stage, monkeypatch):
     assert sum(spending) / 16 < 1.5
 
 
-def test_a_budget_is_a_bound_and_no_goal(stage, monkeypatch):
+@pytest.mark.parametrize("budget, floor, least", [(100.0, 0.75, 0.075), (100.0, 0.0, 0.1 * math.exp(-0.8)),
+                                                  (0.25, 0.75, 2 * math.exp(-0.8))])
+def test_a_large_budget_is_a_bound_and_no_goal(stage, monkeypatch, budget, floor, least):
     """Mistake: a λ that falls until a budget is spent which buys nothing: granted a nat on two operands, a student
-    spent it, and lost 17 points."""
+    spent it, and lost 17 points. Here there is nothing to learn, so that each of 16 updates lowers it by 5 %."""
     base, _, _, rollouts = stage
     prices, dual_ascent = [], kl.dual_ascent
     monkeypatch.setattr(kl, "dual_ascent", lambda *a, **k: prices.append(dual_ascent(*a, **k)) or prices[-1])
-    erpd.distill(base, rollouts, rollouts.mask, 100.0, Config(**SMALL | {"distill_updates": 16}))
-    assert min(multiplier for multiplier, _ in prices) == prices[-1][0] == pytest.approx(0.075)
+    config = Config(**SMALL | {"distill_updates": 16, "lambda_floor": floor})
+    erpd.distill(base, rollouts, rollouts.mask, budget, config)
+    assert prices[-1][0] == pytest.approx(least, rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
