@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import erpd
 from figures import claims, claims_figures, experiments, outcomes
 
 
@@ -139,3 +140,15 @@ def test_all_jobs_run_and_a_second_start_runs_none(tmp_path, capsys):
     assert results.read_text().splitlines() == lines
     for values in claims.statistics(outcomes.outcomes(results)):
         assert len(values.values) == 1
+
+
+def test_the_control_may_spend_its_whole_budget(tmp_path, monkeypatch):
+    """Mistake: a floor under λ for the control, which stops it half of the way: no opponent is weakened."""
+    bench = experiments.Bench(claims.quick_stage(), tmp_path, [])
+    floors = []
+    monkeypatch.setattr(erpd, "distill", lambda base, *a, **k: floors.append(a[3].lambda_floor) or base)
+    monkeypatch.setattr(erpd, "within_budget", lambda base, *a: (base, 0.0))
+    monkeypatch.setattr(bench, "measure", lambda *a, **k: None)
+    for job in "control", "erpd, unlearned":
+        experiments.jobs(bench)[job]()
+    assert floors == [0.0] * 2 + [erpd.Config.lambda_floor] * 4
