@@ -94,7 +94,7 @@ class Config:
     distill_clip: float = option(10.0, "its ε: a wanted token's probability is pushed up to 1 + ε times π_0's")
     signal_bound: float = option(3.0, "bound on |δ_t|, in root mean squares of δ_t over the batch")
     kl_budget: float | str = option("auto", "KL(π_θ‖π_0) a round may spend, nats a completion; auto: from the limit")
-    lambda_floor: float = option(0.75, "λ's least, as a share of its start, from a nat on", zero=True)
+    lambda_floor: float = option(0.75, "least multiplier behind λ, as a share of its start, from a nat on", zero=True)
 
     tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
     sample_rows: int = option(1024, "completions sampled side by side")
@@ -403,9 +403,9 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 
     KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ begins at 1/√budget, as the slope of what
     is gained, which grows like √KL, and follows by dual ascent: it rises while the KL on the policy's own prefixes,
-    estimated from the stored ones (kl.on_policy_kl), is above the budget, and falls below. A budget of a nat or more can be
-    more than is of use, and is a bound, no goal: there the multiplier falls to ¾ of its start and no further
-    (`lambda_floor`). The outcome Â is not mixed in: what the student learns, it has from δ_t alone.
+    estimated from the stored ones (kl.on_policy_kl), is above the budget, and falls below. A budget of a nat or more
+    may be more than is of use, and is a bound, no goal: there the multiplier falls to `lambda_floor` of its start at
+    most. The outcome Â is not mixed in: what the student learns, it has from δ_t alone.
 
     What single updates add is noise, and noise costs KL. So b is the baseline of least variance; below a nat the
     learning rate goes like √budget, as the distance that may be gone; and the student is the mean of its weights over

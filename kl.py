@@ -159,9 +159,9 @@ def dual_ascent(multiplier: float, kl: float, budget: float, rate: float = 0.05,
 
         log multiplier += rate·e        λ = multiplier·exp(gain·e)        e = kl/budget − 1, bounded to [−1, 1]
 
-    The multiplier integrates what is over- or underspent, within [least, bound]. It answers late, since the policy takes
-    many updates to follow, and alone it swings; the second factor answers at once and damps that (a PI controller on
-    the Lagrangian, as in 2007.03964).
+    The multiplier, within [least, bound], integrates what is over- or underspent. It answers late, since the policy
+    takes many updates to follow, and alone it swings; the second factor answers at once and damps that (a PI controller
+    on the Lagrangian, as in 2007.03964).
     """
     overspent = min(max(kl / budget - 1, -1.0), 1.0)
     multiplier = min(max(multiplier * math.exp(rate * overspent), least, 1 / bound), bound)
