@@ -254,8 +254,7 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
 
 def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable,
            memory: Memory, more: dict) -> Iterator:
-    """(rows, updates done before, show) of each update, in passes over the stored batch; `show(numbers)` puts them on
-    the progress bar.
+    """(rows, updates done before, progress bar) of each update, in passes over the stored batch.
 
     `watch` is called with update=… at checkpoints on the way. At the end of a pass, now and then, `memory` takes all
     that the stage needs to go on, and `more`; where a stage goes on, `more` is filled in again, in place.
@@ -264,12 +263,9 @@ def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: 
     done = memory.stage(stage, model, optimizer, more)
     generator.set_state(more.get("shuffle", generator.get_state()))
     with tqdm(total=updates, initial=done, desc=stage, unit="update", leave=False) as bar:
-        def show(numbers: dict) -> None:
-            bar.set_postfix({name: f"{number:.3g}" for name, number in numbers.items()}, refresh=False)
-
         while done < updates:
             for rows in mini_batches(rollouts, size, generator)[:updates - done]:
-                yield rows, done, show
+                yield rows, done, bar
                 done += 1
                 bar.update()
                 if done in checkpoints(updates):
@@ -337,9 +333,10 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
                        "entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}
 
     size, reference = config.explore_batch, base if config.kl_coef else None
-    for rows, _, show in passes(model, optimizer, rollouts, size, updates, seed, stage, watch, memory, {}):
-        show(optimise(model, optimizer, rollouts.select(rows), advantage[rows, None], objective, config, stage,
-                      reference))
+    for rows, _, bar in passes(model, optimizer, rollouts, size, updates, seed, stage, watch, memory, {}):
+        numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows, None], objective, config, stage,
+                           reference)
+        bar.set_postfix(numbers, refresh=False)
     return model
 
 
@@ -429,13 +426,13 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         return value, {"entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}
 
     stage, count = "student on its way", config.distill_updates
-    for rows, done, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
-                                   state):
+    for rows, done, bar in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
+                                  state):
         optimizer.param_groups[0]["lr"] = config.distill_lr * min(1, radius) * (1 - done / count / 2)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         spent = kl.on_policy_kl(*torch.cat(gathered([part.cpu() for part in seen]), 1)).item()
         state["multiplier"], state["coefficient"] = kl.dual_ascent(state["multiplier"], spent, budget, least=least)
-        show(numbers | {"kl": spent, "lambda": state["coefficient"]})
+        bar.set_postfix(numbers | {"kl": spent, "lambda": state["coefficient"]}, refresh=False)
         seen.clear()
         if (averaged := done + 1 - count // 2) > 0:
             for name, weight in model.named_parameters():

@@ -205,6 +205,11 @@ def smoothed(right: Tensor, samples: int) -> Tensor:
     return (right.double() + 0.5) / (samples + 1)
 
 
+def coin_kl(q: Tensor, p: Tensor) -> Tensor:
+    """KL of a policy that is right with probability q from one that is with p, if nothing else matters; nats [...]."""
+    return sum(torch.special.xlogy(a, a) - torch.special.xlogy(a, b) for a, b in ((q, p), (1 - q, 1 - p)))
+
+
 def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[float]]:
     """The limit: (accuracies, KL): no policy has mean accuracy a for less KL(π‖π_0), in nats a completion.
 
@@ -215,8 +220,7 @@ def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[f
     p = pass_rates.double()
     tilt = torch.linspace(0, 12, points, dtype=torch.float64, device=p.device).exp()[:, None]
     q = p * tilt / (1 - p + p * tilt)
-    divergence = sum(torch.special.xlogy(a, a) - torch.special.xlogy(a, b) for a, b in ((q, p), (1 - q, 1 - p)))
-    return q.mean(1).tolist(), divergence.mean(1).tolist()
+    return q.mean(1).tolist(), coin_kl(q, p).mean(1).tolist()
 
 
 def budget_from_limit(right: Tensor, group: int, share: float = 0.75, efficiency: float = 0.8) -> float:

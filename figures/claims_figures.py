@@ -83,6 +83,10 @@ def frontier(figure: Figure, stages: Stages) -> str:
         # The mean limit, and the band of what the base's samples leave open of it.
         limit, _ = means([o.least(o.level(share)) for o in outcomes] for share in SHARES)
         axes.plot(limit, heights, **LIMIT, label="the limit: no policy can be to the left")
+        if all(o.alike for o in outcomes):  # from the first level on: below, paths are interpolated from the base
+            some = SHARES[SHARES >= 1 / 3]
+            alike, _ = means([o.least(o.level(share), o.alike) for o in outcomes] for share in some)
+            axes.plot(alike, heights[-len(some):], color=BLACK, linewidth=0.8, label="… that mends every carry alike")
         drawn = [[np.interp(o.level(SHARES), *one, right=np.inf) for one in o.limits()] for o in outcomes]
         band = np.sort(drawn, axis=1).mean(0)  # [200 draws, shares]
         axes.fill_betweenx(heights, band[4], band[-5], color=BLACK, alpha=0.2, linewidth=0)
@@ -97,6 +101,12 @@ def frontier(figure: Figure, stages: Stages) -> str:
                           markersize=2 + 1.6 * width, markevery=6, label=label)
                 left = np.maximum(1e-4, mean - half)
                 axes.fill_betweenx(heights[reached], left, mean + half, color=colour, alpha=0.12, linewidth=0)
+                # A line ends where one seed falls out; every seed has a ceiling, each at a KL of its own.
+                ceilings = [max(o.of(method), key=lambda row: row["accuracy"]) for o in some]
+                best, half = mean_interval([row["accuracy"] for row in ceilings])
+                axes.errorbar(np.mean([row["kl"] for row in ceilings]), best, half, color=colour, marker=marker,
+                              markersize=4 + 1.6 * width, markerfacecolor="white", capsize=2)
+        axes.plot([], [], "o", color=BLACK, markersize=5, markerfacecolor="white", label="hollow: the ceilings, means over seeds")
         axes.axhline(base, **BASE)
         axes.text(7.6, base + 0.006, "base", fontsize=8, color="grey", ha="right")
         axes.set(xscale="log", xlim=(0.01, 8), title=title,

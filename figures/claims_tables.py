@@ -78,6 +78,12 @@ def methods(stage: str, seeds: list[Outcome]) -> None:
         if have and method not in ("base", "unlearned"):
             efficiency = [shown([o.efficiency(method, o.levels[k]) for o in have]) for k in range(len(LEVELS))]
             rows.append((name, f"{len(have)}", *efficiency, percent([o.best(method) for o in have])))
+    if have := [o for o in seeds if o.alike]:
+        most = [[o.least(o.levels[k]) / o.least(o.levels[k], o.alike) for o in have] for k in range(len(LEVELS))]
+        share = [[o.efficiency("erpd", o.levels[k]) / one for o, one in zip(have, ones)]
+                 for k, ones in enumerate(most)]
+        rows += [("the most, if every carry is mended alike", f"{len(have)}", *map(shown, most), ""),
+                 ("ERPD's student, contrast, over that", f"{len(have)}", *map(shown, share), "")]
     table(("method", "seeds", *LEVELS, "ceiling"), rows)
     rising = [f"{path} (seed {o.rows[0]['seed']})" for o in seeds for path in o.still_rising()]
     print(f"Direct methods still rising at their end: {'; '.join(rising) or 'none'}.\n")

@@ -17,6 +17,8 @@ T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-s
 class Outcome:
     """The rows of a stage at one seed, and what the claims ask of them."""
 
+    alike: tuple[list[float], list[float]] | None = None  # mending_alike, where the held-out chains are known
+
     def __init__(self, rows: list[dict]):
         self.rows = [dict(row) for row in rows]
         for row in self.rows:
@@ -25,7 +27,8 @@ class Outcome:
         base = self.one("base")
         self.base, self.entropy, self.samples = base["accuracy"], base["entropy"], base["samples"]
         self.right = (torch.tensor(base["pass_rates"], dtype=torch.float64) * self.samples).round()
-        self.limit = kl.least_kl(kl.smoothed(self.right, self.samples), points=2000)
+        self.rates = kl.smoothed(self.right, self.samples)
+        self.limit = kl.least_kl(self.rates, points=2000)
         self.levels = [self.level(share) for share in LEVELS.values()]
 
     def level(self, share: float) -> float:
@@ -65,9 +68,9 @@ class Outcome:
         """The least KL at which a path of the method reaches an accuracy; ∞ where none does."""
         return min((kl_on_path(path, self.base, accuracy) for path in self.paths(method)), default=math.inf)
 
-    def least(self, accuracy: float) -> float:
-        """The KL of the limit at an accuracy."""
-        return float(np.interp(accuracy, *self.limit, right=math.inf))
+    def least(self, accuracy: float, limit: tuple[list[float], list[float]] | None = None) -> float:
+        """The KL of the limit, or of another, at an accuracy."""
+        return float(np.interp(accuracy, *(limit or self.limit), right=math.inf))
 
     def efficiency(self, method: str, level: float) -> float:
         """KL of the limit over the method's at an accuracy; NaN where no path gets there."""
@@ -84,6 +87,20 @@ class Outcome:
         ends = [path[-2:] for method in methods for path in self.paths(method) if len(path) > 1]
         return [f"{last['method']}, {last['path']}, update {last['at']}" for before, last in ends
                 if last["accuracy"] > before["accuracy_interval"][1]]
+
+
+def mending_alike(rates: torch.Tensor, carries: torch.Tensor) -> tuple[list[float], list[float]]:
+    """(accuracies, KL) of policies that mend every carry alike, whether its chain is lost by then or not.
+
+    A problem that the base has right with p, one of its `rates` [P], and that has n `carries`, has p^(1/n) at each (n = 1
+    where there is none). All get the same odds more, so that every one costs KL; kl.least_kl spends it only where the
+    chain is right so far, most of it late.
+    """
+    n = carries.clamp(min=1)
+    each = rates ** (1 / n)
+    odds = each / (1 - each) * torch.linspace(0, 8, 2000, dtype=torch.float64)[:, None].exp()
+    mended = odds / (1 + odds)
+    return (mended ** n).mean(1).tolist(), (n * kl.coin_kl(mended, each)).mean(1).tolist()
 
 
 def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import erpd
+import kl
 from figures import claims, claims_figures, experiments, outcomes
 
 
@@ -64,6 +65,21 @@ def test_the_limits_band_lies_around_it_and_narrows_with_samples():
     assert widths[0] > 3 * widths[1] > 0
 
 
+def test_mending_every_carry_alike_by_enumeration_and_no_cheaper_than_the_limit():
+    """Mistake: KL of the carries before the first wrong one alone; with a single carry each it is the limit itself."""
+    rates = torch.tensor([0.04, 0.3, 0.5], dtype=torch.float64)
+    accuracy, spent = outcomes.mending_alike(rates, torch.tensor([0, 1, 1]))
+    assert np.interp([0.4, 0.6, 0.9], accuracy, spent) == pytest.approx(
+        np.interp([0.4, 0.6, 0.9], *kl.least_kl(rates, points=2000)), rel=1e-4)
+    accuracy, spent = outcomes.mending_alike(rates[:1], torch.tensor([2]))  # 0.2 right at each of two carries
+    for k in (0, 300, 700):
+        s = accuracy[k] ** 0.5
+        p, q = (torch.tensor([a, 1 - a], dtype=torch.float64) for a in (0.2, s))
+        chains, before = (torch.outer(x, x).log().flatten() for x in (q, p))  # of all four: which carries are right
+        assert spent[k] == pytest.approx(kl.exact_kl(chains, before).item(), abs=1e-9)
+    assert spent[700] > 1.1 * kl.coin_kl(torch.tensor(accuracy[700]), torch.tensor(0.04))
+
+
 def test_a_path_that_ends_while_it_rises_is_named():
     """Mistake: an opponent stopped before its time, and a win for it."""
     def path(*accuracies):
@@ -93,7 +109,7 @@ def test_a_statistic_is_met_only_with_its_whole_interval():
 
 def test_the_tables_of_the_page_are_those_of_the_rows(capsys):
     """Mistake: a table that is older than what was measured."""
-    claims.report(outcomes.outcomes(claims.RESULTS), outcomes.outcomes(claims.FRESH))
+    claims.report(claims.known(claims.RESULTS), claims.known(claims.FRESH, fresh=True))
     page = " ".join((claims.HERE / "README.md").read_text().split())
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) > 100 and [line for line in lines if line not in page] == []
