@@ -2,7 +2,7 @@
 
     python figures/claims.py                  # runs what is missing, draws all, prints figures/README.md's tables
     python figures/claims.py --only           # draws and judges what is there
-    python figures/claims.py --fresh          # runs main and rare on five more seeds, which no choice has seen
+    python figures/claims.py --fresh          # runs both on five more seeds, which no choice has seen; C8 on ten more
     python figures/claims.py --quick          # every job of one seed at a tenth of the size; keeps nothing
     python figures/claims.py --model FOLDER   # with SmolLM2-135M-Instruct's small frontier
 
@@ -183,8 +183,9 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     return sorted(found, key=lambda s: s.claim)
 
 
-def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]]) -> None:
-    """Print the tables of figures/README.md; beside each statistic stands that of fresh seeds, and of all."""
+def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]], more: list[Outcome] = []) -> None:
+    """Print the tables of figures/README.md; beside each statistic stands that of fresh seeds, and of all. `more` are
+    all seeds that have C8's policies."""
     found = statistics(by_stage)
     again, both = ({(s.claim, s.asks): s for s in statistics(some)} for some in (fresh, together(by_stage, fresh)))
     for number in dict.fromkeys(s.claim[:2] for s in found):
@@ -192,6 +193,10 @@ def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]]) 
                               for others in (again, both))) for s in found if s.claim == f"{number}, {stage}"]
                 for stage in ("main", "rare")}
         claims_tables.claim(number, {stage: some for stage, some in mine.items() if some})
+    if more:
+        values = by_seed((row for row in asked(o, "rare") if row[0] == "C8") for o in more)
+        claims_tables.once_more(f"C8 on {len(more)} seeds",
+                                [Statistic(*what[:2], some, what[2] == ">", what[3]) for what, some in values.items()])
     for seeds, name in (by_stage, ""), (fresh, ", fresh seeds"):
         for part in claims_tables.methods, claims_tables.rounds:
             for stage in filter(seeds.get, ("main", "rare")):
@@ -211,6 +216,11 @@ def known(results: Path, fresh: bool = False) -> dict[str, list[Outcome]]:
                 held_out = erpd.problems_of(stage.config)[1]
                 o.alike = mending_alike(o.rates, torch.tensor([carries(p.question) for p in held_out]))
     return found
+
+
+def with_control() -> list[Outcome]:
+    """Every seed of `rare` that has the control."""
+    return [o for results in (RESULTS, FRESH) for o in outcomes(results, needed=("control",))["rare"]]
 
 
 def together(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]]) -> dict[str, list[Outcome]]:
@@ -245,8 +255,9 @@ def stages(fresh: bool = False) -> list[Stage]:
     for seed in range(5, 10) if fresh else range(5):
         found += [Stage("main", config(seed=seed), shares=(0.5, 0.9), budgets=(0.25, 0.5, 0.9, 1.1, 1.4), steps=STEPS),
                   Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.3, 2.6), steps=STEPS)]
-    if fresh:
-        return found
+    if fresh:  # the last ten for C8 alone, which ten seeds had left undecided
+        return found + [Stage("rare", config(seed=seed, **RARE), budgets=(1.2, 2.0),
+                              only=("base", "sapo 3e-05", "erpd", "control")) for seed in range(30, 40)]
     few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.15, 0.4, 1.0, 1.8)}
     return found + [Stage(name, config(seed=seed, test_problems=128, **settings), carries, **few)
                     for seed in range(3) for name, (settings, carries) in CELLS.items()]
@@ -306,7 +317,7 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         list(pool.map(partial(run_stage, results=FRESH if arguments.fresh else RESULTS, folder=SCRATCH), wanted))
     found, fresh = known(RESULTS), known(FRESH, fresh=True)
-    report(found, fresh)
+    report(found, fresh, with_control())
     write_verdicts(found, HERE / "results" / "verdicts.json")
     claims_figures.draw(together(found, fresh))
 

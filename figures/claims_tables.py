@@ -43,6 +43,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print()
 
 
+def once_more(name: str, statistics: list) -> None:
+    """Statistics on more seeds."""
+    table((name, "asked", "all of them", ""), [(" ".join(s.what.split()), asked(s), *judged(s)) for s in statistics])
+
+
+def asked(s) -> str:
+    return f"{'>' if s.above else '<'} {s.threshold:.3g}"
+
+
 def claim(number: str, statistics: dict[str, list[tuple]]) -> None:
     """The verdict on a claim, by stage, and the statistics behind it: (statistic, that of fresh seeds, that of all)."""
     verdicts, rows = [], []
@@ -53,8 +62,7 @@ def claim(number: str, statistics: dict[str, list[tuple]]) -> None:
         verdicts.append(f"`{stage}` {verdict}, {sum(met)} of {len(met)}{beside}")
         for s, *others in some:
             beside = [cell for other in others for cell in judged(other, s)]
-            asked = f"{'>' if s.above else '<'} {s.threshold:.3g}"
-            rows.append((stage, " ".join(s.what.split()), asked, *judged(s), *beside))
+            rows.append((stage, " ".join(s.what.split()), asked(s), *judged(s), *beside))
     print(number, f"{'; '.join(verdicts)}.", sep="\n")
     table(("stage", "statistic", "asked", "seeds 0 to 4", "", "fresh seeds, 5 to 9", "", "all", ""), rows)
 

@@ -42,6 +42,7 @@ class Stage:
     everything: bool = True  # False: the frontier alone
     all_weights: bool = True  # of checkpoints are kept; False: the best one's
     shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets
+    only: tuple[str, ...] = ()  # the jobs to run; none: all
 
 
 def carries(question: str) -> int:
@@ -355,7 +356,7 @@ def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench
     done = [row for row in measured(results) if mine.items() <= row.items()]
     bench = at(stage, folder / key, list(done))
     for name, work in plan(bench).items():
-        if not any(row["job"] == name for row in done):
+        if name in (stage.only or [name]) and not any(row["job"] == name for row in done):
             if time.monotonic() >= until:
                 return
             before = len(bench.rows)

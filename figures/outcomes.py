@@ -11,7 +11,8 @@ import kl
 from figures.experiments import measured
 
 LEVELS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6}  # of the way from the base's accuracy to 1
-T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, by degrees of freedom
+T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11,
+       2.10, 2.09)  # two-sided, by degrees of freedom
 
 
 class Outcome:
@@ -120,7 +121,7 @@ def kl_on_path(path: list[dict], start: float, accuracy: float) -> float:
 def mean_interval(values: list[float]) -> tuple[float, float]:
     """(mean, half the width of its 95 % interval) over the seeds that have a value; NaN where unknown."""
     x = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
-    half = T95[min(len(x) - 1, 9)] * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    half = T95[min(len(x), len(T95)) - 1] * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
     return x.mean().item(), half
 
 
