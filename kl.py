@@ -55,7 +55,7 @@ def exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def log_ratio_of(log_p: Tensor, log_q: Tensor) -> Tensor:
     """log p/q [..., V], and 0 where p is 0, since 0·log 0 = 0."""
-    return torch.where(log_p == -torch.inf, 0.0, log_p - log_q)
+    return (log_p - log_q).masked_fill_(log_p == -torch.inf, 0.0)
 
 
 def k1(log_prob: Tensor, reference: Tensor) -> Tensor:
