@@ -206,15 +206,15 @@ def smoothed(right: Tensor, samples: int) -> Tensor:
 
 
 def coin_kl(q: Tensor, p: Tensor) -> Tensor:
-    """KL of a policy that is right with probability q from one that is with p, if nothing else matters; nats [...]."""
+    """KL of two coins, nats [...]: the least of a policy that is right with probability q where π_0 is with p."""
     return sum(torch.special.xlogy(a, a) - torch.special.xlogy(a, b) for a, b in ((q, p), (1 - q, 1 - p)))
 
 
 def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[float]]:
     """The limit: (accuracies, KL): no policy has mean accuracy a for less KL(π‖π_0), in nats a completion.
 
-    A policy that is right with probability q_x on problem x, where π_0 is with p_x [P], moved by at least the
-    divergence of those two coins. Its least mean for a given mean accuracy tilts every problem alike:
+    A policy that is right with probability q_x on problem x, where π_0 is with p_x [P], moved by at least the KL of
+    those two coins. Its least mean for a given mean accuracy tilts every problem alike:
     q_x = p_x·e^λ/(1 − p_x + p_x·e^λ).
     """
     p = pass_rates.double()
