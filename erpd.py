@@ -421,6 +421,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         # one the clip never closes where ε ≥ 1, since ρ > 0: there KL alone restrains.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
         value = kl.masked_mean(state["coefficient"] * stats.kl - surrogate, part.mask, tokens)
+        # kl.on_policy_kl weighs completions against one another: it waits for those of all micro-batches.
         numbers = torch.stack([stats.kl.detach(), log_ratio.detach(), part.mask])
         seen.append(F.pad(numbers, (0, signal.shape[1] - numbers.shape[2])))
         return value, {"entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}

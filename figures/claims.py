@@ -29,7 +29,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from figures import claims_figures, claims_tables  # noqa: E402
-from figures.experiments import Stage, carries, erpd, run_stage  # noqa: E402
+from figures.experiments import Stage, carries, drawn, erpd, run_stage  # noqa: E402
 from figures.outcomes import LEVELS, Outcome, first_crossing, mean_interval, mending_alike, outcomes  # noqa: E402
 
 RESULTS, FRESH, SCRATCH = *(HERE / "results" / f"{name}.jsonl" for name in ("claims", "fresh")), Path("runs") / "claims"
@@ -208,13 +208,12 @@ def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]], 
 
 
 def known(results: Path, fresh: bool = False) -> dict[str, list[Outcome]]:
-    """The outcomes by stage; those of the two main stages with what mending every carry of their chains alike costs."""
+    """The outcomes by stage; those of chains with what mending every carry of theirs alike costs."""
     found = outcomes(results)
     for stage in stages(fresh):
-        for o in found.get(stage.name, ()) if stage.name in ("main", "rare") else ():
+        for o in found.get(stage.name, ()):
             if o.rows[0]["seed"] == stage.config.seed:
-                held_out = erpd.problems_of(stage.config)[1]
-                o.alike = mending_alike(o.rates, torch.tensor([carries(p.question) for p in held_out]))
+                o.alike = mending_alike(o.rates, torch.tensor([carries(p.question) for p in drawn(stage)[1]]))
     return found
 
 

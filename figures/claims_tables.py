@@ -88,8 +88,7 @@ def methods(stage: str, seeds: list[Outcome]) -> None:
             rows.append((name, f"{len(have)}", *efficiency, percent([o.best(method) for o in have])))
     if have := [o for o in seeds if o.alike]:
         most = [[o.least(o.levels[k]) / o.least(o.levels[k], o.alike) for o in have] for k in range(len(LEVELS))]
-        share = [[o.efficiency("erpd", o.levels[k]) / one for o, one in zip(have, ones)]
-                 for k, ones in enumerate(most)]
+        share = [[o.share_of_alike("erpd", o.levels[k]) for o in have] for k in range(len(LEVELS))]
         rows += [("the most, if every carry is mended alike", f"{len(have)}", *map(shown, most), ""),
                  ("ERPD's student, contrast, over that", f"{len(have)}", *map(shown, share), "")]
     table(("method", "seeds", *LEVELS, "ceiling"), rows)
@@ -116,16 +115,19 @@ def rounds(stage: str, seeds: list[Outcome]) -> None:
 
 
 def cells(found: dict[str, list[Outcome]]) -> None:
-    """The map: KL efficiency half of the way, and the ceiling."""
+    """The map: KL efficiency half of the way, and the ceiling; of the student also over what mending alike allows."""
     compared = ("erpd", "erpd, unlearned", "weights: nll", "nll", "sapo")
 
     def both(method: str, seeds: list[Outcome]) -> str:
         efficiency = shown([o.efficiency(method, o.levels[1]) for o in seeds])
         return f"{efficiency}; {percent([o.best(method) for o in seeds], 0)}"
 
-    rows = [(name, f"{len(seeds)}", percent([o.base for o in seeds], 0), *(both(method, seeds) for method in compared))
-            for name, seeds in found.items()]
-    table(("cell", "seeds", "base", *(NAMES[method] for method in compared)), rows)
+    def share(seeds: list[Outcome]) -> str:
+        return shown([o.share_of_alike("erpd", o.levels[1]) for o in seeds]) if all(o.alike for o in seeds) else ""
+
+    rows = [(name, f"{len(seeds)}", percent([o.base for o in seeds], 0), *(both(method, seeds) for method in compared),
+             share(seeds)) for name, seeds in found.items()]
+    table(("cell", "seeds", "base", *(NAMES[method] for method in compared), "contrast, over mending alike"), rows)
 
 
 def policies(seeds: list[Outcome]) -> None:

@@ -50,6 +50,16 @@ def carries(question: str) -> int:
     return sum(int(n) % 10 for n in question.rstrip("=").split("+")) // 10
 
 
+def drawn(stage: Stage) -> tuple[list[Problem], list[Problem]]:
+    """(problems to train on, those of the stored batch first; problems held out)."""
+    wanted, config = stage.carries, replace(stage.config, rounds=8 if stage.everything else 1)
+    if not wanted:
+        return erpd.problems_of(config)
+    many = replace(config, problems=40 * config.problems, test_problems=40 * config.test_problems)
+    train, test = ([p for p in some if carries(p.question) in wanted] for some in erpd.problems_of(many))
+    return train[:config.problems], test[:config.test_problems]
+
+
 class Combined(torch.nn.Module):
     """The policy π ∝ Π_k π_k^w_k of several models: decoding in the logits, without training.
 
@@ -90,14 +100,7 @@ class Bench:
         self.base, self.tokenizer = self.load(self.config.model)
 
     def draw(self) -> tuple[list[Problem], list[Problem]]:
-        """(problems to train on, those of the stored batch first; problems held out)."""
-        wanted = self.stage.carries
-        config = replace(self.config, rounds=8 if self.stage.everything else 1)
-        if not wanted:
-            return erpd.problems_of(config)
-        many = replace(config, problems=40 * config.problems, test_problems=40 * config.test_problems)
-        train, test = ([p for p in some if carries(p.question) in wanted] for some in erpd.problems_of(many))
-        return train[:config.problems], test[:config.test_problems]
+        return drawn(self.stage)
 
     def load(self, name: str):
         """(base policy, tokenizer)."""

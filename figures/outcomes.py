@@ -78,6 +78,10 @@ class Outcome:
         spent = self.kl_at(method, level)
         return self.least(level) / spent if math.isfinite(spent) else math.nan
 
+    def share_of_alike(self, method: str, level: float) -> float:
+        """The same, over what mending every carry alike allows."""
+        return self.efficiency(method, level) * self.least(level, self.alike) / self.least(level)
+
     def worth(self, row: dict) -> float:
         """KL efficiency of a policy at its own accuracy; 0 where that is not above the base's."""
         return self.least(row["accuracy"]) / row["kl"] if row["accuracy"] > self.base else 0.0
