@@ -2,7 +2,7 @@
 
     python figures/claims.py                  # runs what is missing, draws all, prints figures/README.md's tables
     python figures/claims.py --only           # draws and judges what is there
-    python figures/claims.py --fresh          # runs both on five more seeds, which no choice has seen; C8 on ten more
+    python figures/claims.py --fresh          # runs both on five more seeds, which no choice has seen; C8's on ten more
     python figures/claims.py --quick          # every job of one seed at a tenth of the size; keeps nothing
     python figures/claims.py --model FOLDER   # with SmolLM2-135M-Instruct's small frontier
 
@@ -184,8 +184,8 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
 
 
 def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]], more: list[Outcome] = []) -> None:
-    """Print the tables of figures/README.md; beside each statistic stands that of fresh seeds, and of all. `more` are
-    all seeds that have C8's policies."""
+    """Print the tables of figures/README.md; beside each statistic stands that of fresh seeds, and of all. `more`: all
+    seeds of `rare` that have the student and its control."""
     found = statistics(by_stage)
     again, both = ({(s.claim, s.asks): s for s in statistics(some)} for some in (fresh, together(by_stage, fresh)))
     for number in dict.fromkeys(s.claim[:2] for s in found):
@@ -194,9 +194,9 @@ def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]], 
                 for stage in ("main", "rare")}
         claims_tables.claim(number, {stage: some for stage, some in mine.items() if some})
     if more:
-        values = by_seed((row for row in asked(o, "rare") if row[0] == "C8") for o in more)
-        claims_tables.once_more(f"C8 on {len(more)} seeds",
-                                [Statistic(*what[:2], some, what[2] == ">", what[3]) for what, some in values.items()])
+        some = [Statistic(claim, f"{claim} {what}", values, side == ">", threshold) for (claim, what, side, threshold),
+                values in by_seed(asked(o, "rare") for o in more).items() if len(values) == len(more)]
+        claims_tables.once_more(f"`rare` on {len(more)} seeds", some)
     for seeds, name in (by_stage, ""), (fresh, ", fresh seeds"):
         for part in claims_tables.methods, claims_tables.rounds:
             for stage in filter(seeds.get, ("main", "rare")):
@@ -250,13 +250,15 @@ CELLS = {"256 prompts": ({"problems": 256}, ()), "16 prompts": ({"problems": 16}
 
 def stages(fresh: bool = False) -> list[Stage]:
     """Both main stages by seed, then the cells of the map; or both main stages on fresh seeds."""
+    def rare(seed: int, **more) -> Stage:
+        return Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.3, 2.6), steps=STEPS, **more)
+
     found = []
     for seed in range(5, 10) if fresh else range(5):
         found += [Stage("main", config(seed=seed), shares=(0.5, 0.9), budgets=(0.25, 0.5, 0.9, 1.1, 1.4), steps=STEPS),
-                  Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.3, 2.6), steps=STEPS)]
-    if fresh:  # the last ten for C8 alone, which ten seeds had left undecided
-        return found + [Stage("rare", config(seed=seed, **RARE), budgets=(1.2, 2.0),
-                              only=("base", "sapo 3e-05", "erpd", "control")) for seed in range(30, 40)]
+                  rare(seed)]
+    if fresh:  # the last ten for the student and its control alone, which ten seeds had left undecided
+        return found + [rare(seed, only=("base", "sapo 3e-05", "erpd", "control")) for seed in range(30, 40)]
     few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.15, 0.4, 1.0, 1.8)}
     return found + [Stage(name, config(seed=seed, test_problems=128, **settings), carries, **few)
                     for seed in range(3) for name, (settings, carries) in CELLS.items()]
