@@ -156,6 +156,9 @@ def test_all_jobs_run_and_a_second_start_runs_none(tmp_path, capsys):
     assert results.read_text().splitlines() == lines
     for values in claims.statistics(outcomes.outcomes(results)):
         assert len(values.values) == 1
+    few = tmp_path / "few.jsonl"
+    experiments.run_stage(replace(stage, only=("base", "control")), few, tmp_path)
+    assert {json.loads(line)["job"] for line in few.read_text().splitlines()} == {"base", "control"}
 
 
 def test_the_control_may_spend_its_whole_budget(tmp_path, monkeypatch):
