@@ -106,7 +106,8 @@ def frontier(figure: Figure, stages: Stages) -> str:
                 best, half = mean_interval([row["accuracy"] for row in ceilings])
                 axes.errorbar(np.mean([row["kl"] for row in ceilings]), best, half, color=colour, marker=marker,
                               markersize=4 + 1.6 * width, markerfacecolor="white", capsize=2)
-        axes.plot([], [], "o", color=BLACK, markersize=5, markerfacecolor="white", label="hollow: the ceilings, means over seeds")
+        axes.plot([], [], "o", color=BLACK, markersize=5, markerfacecolor="white",
+                  label="hollow: the ceilings, means over seeds")
         axes.axhline(base, **BASE)
         axes.text(7.6, base + 0.006, "base", fontsize=8, color="grey", ha="right")
         axes.set(xscale="log", xlim=(0.01, 8), title=title,
