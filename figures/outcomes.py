@@ -97,8 +97,8 @@ class Outcome:
 def mending_alike(rates: torch.Tensor, carries: torch.Tensor) -> tuple[list[float], list[float]]:
     """(accuracies, KL) of policies that mend every carry alike, whether its chain is lost by then or not.
 
-    A problem of n `carries` that the base has right with p, one of its `rates` [P], is right with p^(1/n) at each (n = 1
-    where there is none). All get the same odds more, and every one costs KL; kl.least_kl spends it only where the chain
+    A problem of n `carries` that the base has right with p, one of its `rates` [P], has p^(1/n) at each (n = 1 where
+    there is none). All get the same odds more, and every one costs KL; kl.least_kl spends it only where the chain
     is right so far, most of it late.
     """
     n = carries.clamp(min=1)
