@@ -16,7 +16,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -183,7 +183,7 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
     return sorted(found, key=lambda s: s.claim)
 
 
-def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]], more: list[Outcome] = []) -> None:
+def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]], more: Sequence[Outcome] = ()) -> None:
     """Print the tables of figures/README.md; beside each statistic stands that of fresh seeds, and of all. `more`: all
     seeds of `rare` that have the student and its control."""
     found = statistics(by_stage)
@@ -219,7 +219,7 @@ def known(results: Path, fresh: bool = False) -> dict[str, list[Outcome]]:
 
 def with_control() -> list[Outcome]:
     """Every seed of `rare` that has the control."""
-    return [o for results in (RESULTS, FRESH) for o in outcomes(results, needed=("control",))["rare"]]
+    return [o for results in (RESULTS, FRESH) for o in outcomes(results, needed=("erpd", "control")).get("rare", ())]
 
 
 def together(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]]) -> dict[str, list[Outcome]]:

@@ -88,7 +88,7 @@ def methods(stage: str, seeds: list[Outcome]) -> None:
             rows.append((name, f"{len(have)}", *efficiency, percent([o.best(method) for o in have])))
     if have := [o for o in seeds if o.alike]:
         most = [[o.least(o.levels[k]) / o.least(o.levels[k], o.alike) for o in have] for k in range(len(LEVELS))]
-        share = [[o.share_of_alike("erpd", o.levels[k]) for o in have] for k in range(len(LEVELS))]
+        share = [[o.efficiency("erpd", o.levels[k], o.alike) for o in have] for k in range(len(LEVELS))]
         rows += [("the most, if every carry is mended alike", f"{len(have)}", *map(shown, most), ""),
                  ("ERPD's student, contrast, over that", f"{len(have)}", *map(shown, share), "")]
     table(("method", "seeds", *LEVELS, "ceiling"), rows)
@@ -123,7 +123,7 @@ def cells(found: dict[str, list[Outcome]]) -> None:
         return f"{efficiency}; {percent([o.best(method) for o in seeds], 0)}"
 
     def share(seeds: list[Outcome]) -> str:
-        return shown([o.share_of_alike("erpd", o.levels[1]) for o in seeds]) if all(o.alike for o in seeds) else ""
+        return shown([o.efficiency("erpd", o.levels[1], o.alike) for o in seeds]) if all(o.alike for o in seeds) else ""
 
     rows = [(name, f"{len(seeds)}", percent([o.base for o in seeds], 0), *(both(method, seeds) for method in compared),
              share(seeds)) for name, seeds in found.items()]

@@ -73,14 +73,10 @@ class Outcome:
         """The KL of the limit, or of another, at an accuracy."""
         return float(np.interp(accuracy, *(limit or self.limit), right=math.inf))
 
-    def efficiency(self, method: str, level: float) -> float:
-        """KL of the limit over the method's at an accuracy; NaN where no path gets there."""
+    def efficiency(self, method: str, level: float, limit: tuple[list[float], list[float]] | None = None) -> float:
+        """KL of the limit, or of another, over the method's at an accuracy; NaN where no path gets there."""
         spent = self.kl_at(method, level)
-        return self.least(level) / spent if math.isfinite(spent) else math.nan
-
-    def share_of_alike(self, method: str, level: float) -> float:
-        """The same, over what mending every carry alike allows."""
-        return self.efficiency(method, level) * self.least(level, self.alike) / self.least(level)
+        return self.least(level, limit) / spent if math.isfinite(spent) else math.nan
 
     def worth(self, row: dict) -> float:
         """KL efficiency of a policy at its own accuracy; 0 where that is not above the base's."""
