@@ -35,11 +35,12 @@ from pathlib import Path
 from rewards import InputError, Problem, group_advantages, load_problems
 
 LOSSES = ("sapo", "ce", "mse", "nll", "clip")
-SIGNALS = ("teacher", "contrast", "unlearned")
-CHOICES = {"method": ("erpd", "grpo", *LOSSES), "signal": SIGNALS, "unlearn_loss": LOSSES,
+CHOICES = {"method": ("erpd", "grpo", *LOSSES), "signal": ("teacher", "contrast", "unlearned"), "unlearn_loss": LOSSES,
            "advantage": ("std", "mean", "loo"), "precision": ("auto", "fp32", "bf16")}
 SECTIONS = {"model": "policy, problems, run", "problems": "rollouts and evaluations", "loss": "stage 1: the explorer",
             "signal": "stage 2: the signal and the distiller", "tokens_per_step": "memory"}  # each by its first field
+# What a run may go on with in another way: the numbers are the same, up to rounding.
+MEMORY = ("tokens_per_step", "sample_rows", "cuda_graph", "checkpointing")
 
 
 # -------------------------------------------------------------------------------------------------------- configuration
@@ -77,13 +78,13 @@ class Config:
 
     loss: str = option("sapo", f"the explorer's: one of {', '.join(LOSSES)}; several teachers as sapo:1,nll:0.5", "mse")
     explore_updates: int = option(64, "updates of the explorer, in passes over the stored batch")
-    explore_lr: float = option(6e-5, "its learning rate", 1e-6)
+    explore_lr: float = option(6e-5, "its learning rate, the unlearned policy's and GRPO's", 1e-6)
     explore_batch: int = option(64, "completions an update, in whole groups", 256)
     advantage: str = option("std", "group advantage Â: std, mean (not divided), loo (leave one out)")
     beta: float = option(1.0, "scale β of the sequence log-ratio in ce and mse")
     clip_low: float = option(0.2, "ε_low of the loss clip", zero=True)
     clip_high: float = option(0.28, "ε_high of the same", zero=True)
-    kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) term added to the explorer's loss", zero=True)
+    kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) term added to the loss of all three", zero=True)
     unlearn_loss: str = option("mse", "the unlearned policy's loss, with reversed targets", "mse")
     unlearn_updates: int = option(32, "updates of the unlearned policy, in batches like the explorer's")
 
@@ -97,7 +98,7 @@ class Config:
     lambda_floor: float = option(0.75, "least multiplier behind λ, as a share of its start, from a nat on", zero=True)
 
     tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
-    sample_rows: int = option(1024, "completions sampled side by side")
+    sample_rows: int = option(1024, "completions sampled side by side, but at least those of one problem")
     cuda_graph: int = option(0, "1: a sampled token is one launch; not yet measured on a GPU", zero=True)
     checkpointing: int = option(0, "1: layers run again in the backward pass: less memory, more time", zero=True)
     precision: str = option("auto", "fp32; bf16 (autocast over fp32 weights); auto: bf16 on CUDA")
@@ -151,7 +152,8 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
 
     parser = Parser(prog="erpd.py", usage="python erpd.py [--option value …]", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings; "
+                        f"beside it only --{', --'.join(MEMORY).replace('_', '-')}")
     parser.add_argument("--paper", action="store_true", help="start from the paper's own settings; give your "
                         "--sample-rows and --template beside them")
     papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None}
@@ -160,17 +162,16 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
             section = parser.add_argument_group(SECTIONS[f.name])
         values = [str(f.default)] * (f.default != "") + [f"the paper: {papers.get(f.name)}"] * (f.name in papers)
         text = f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")
-        kind = type(f.default)
-        section.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(),
-                             help=text.replace("%", "%%"))
+        section.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), help=text.replace("%", "%%"),
+                             metavar=type(f.default).__name__.upper())
     given = vars(parser.parse_args(arguments))  # defaults are left out
     if "resume" in given:
         folder = Path(given.pop("resume"))
-        if given:
-            other = min(given).replace("_", "-")
-            raise InputError(f"--resume {folder} takes the settings of that run: leave --{other} out")
+        if others := sorted(given.keys() - MEMORY):
+            raise InputError(f"--resume {folder} takes the settings of that run: leave --{others[0].replace('_', '-')} "
+                             "out")
         try:
-            return Config(**json.loads((folder / "config.json").read_text())), folder
+            return Config(**json.loads((folder / "config.json").read_text()) | given), folder
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"--resume {folder}: there is no run of this version to go on with ({error})") from None
     config = Config(**(papers if given.pop("paper", False) else {}) | given)
@@ -190,20 +191,20 @@ def problems_of(config: Config) -> tuple[list[Problem], list[Problem]]:
             load_problems(config.test_data or config.data, "test", config.test_problems, **sources))
 
 
-def ended(reason: Exception | str, status: int = 2) -> int:
-    """One line of why, from one process of a machine; returns the exit status."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def ended(reason: Exception | str, status: int = 2, alone: bool = False) -> int:
+    """One line of why, from one process of a machine or from one that is `alone` with it; returns the exit status."""
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"erpd.py: {reason}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":  # what is wrong is told before torch and transformers, which take seconds to import
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress; tqdm asks as it is imported
     try:
         problems_of(read_arguments()[0])
     except (InputError, OSError) as error:
         sys.exit(ended(error))
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -446,8 +447,8 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 def within_budget(base, student, tokenizer, problems: Sequence[Problem], budget: float, config: Config, seed: int = 0):
     """The student, moved back towards π_0 until its on-policy KL is within the budget; and that KL, nats a completion.
 
-    The KL of a policy is known only from its own samples: a few new completions of at most 128 of the problems for each
-    trial, all with the same noise. Their rewards are not used.
+    The KL of a policy is known only from its own samples: for each trial four completions of at most 128 of the
+    problems, all with the same noise. Their rewards are not used.
     """
     def measure(alpha: float) -> float:
         policy = kl.interpolated(base, student, alpha)
@@ -559,8 +560,7 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: 
                 stage=f"grpo, {rollouts.rewards.mean():.1%} right")
         if update in checkpoints(len(starts)):
             watch("grpo", model, update=update)
-        if update % 16 == 0:
-            memory.put_stage("grpo", model, optimizer, {}, update)
+        memory.put_stage("grpo", model, optimizer, {}, update)
     return model
 
 
@@ -571,15 +571,18 @@ def run(config: Config, folder: Path) -> list[dict]:
 
     A run that was stopped goes on in its folder from the last state written, and ends as if it had not been.
     """
-    settings = json.dumps(asdict(config), indent=2) + "\n"
-    memory = Memory(folder, settings)
-    rows, done = memory.get("rows") or [], memory.get("policy") or {"round": 0}
+    settings = asdict(config)
+    memory = Memory(folder, json.dumps({name: value for name, value in settings.items() if name not in MEMORY}))
+    rows, done = memory.get("rows"), memory.get("policy") or {"round": 0, "rows": []}
+    if rows is None:  # this is the beginning, or they are damaged: then those of the last round are measured again
+        rows = done["rows"]
+        memory.inside(f"round-{done['round'] + 1}").keep("rollouts")
     problems, held_out = problems_of(config)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     first, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(settings)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     def watch(round: int, name: str, model, samples: int = config.test_samples, **about) -> None:
         """Evaluate a policy, on its way with fewer samples. Its row is on disk at once, and not measured again."""
@@ -609,8 +612,8 @@ def run(config: Config, folder: Path) -> list[dict]:
                              watch=partial(watch, k), memory=here)
                 if config.method != "erpd":
                     watch(k, config.method, policy)
-                memory.put("policy", {"round": k, "weights": policy.state_dict()})
                 here.keep("rollouts", "signal")
+                memory.put("policy", {"round": k, "weights": policy.state_dict(), "rows": rows})
     except NothingToLearn as reason:
         if policy is first:
             raise
@@ -629,9 +632,16 @@ def run(config: Config, folder: Path) -> list[dict]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     folder = None
+
+    def stopped(reason: Exception | str, status: int = 2, alone: bool = False) -> int:
+        """Why, and how to go on where something has begun."""
+        begun = folder and (folder / "config.json").is_file()
+        how = f"; python erpd.py --resume {folder} goes on from here" if begun else ""
+        return ended(f"{reason}{how}", status, alone)
+
     try:
         config, folder = read_arguments(arguments)
-        join()
+        join(config.device)
         print(f"{config.method} on {config.data} with {config.model}: the results go to {folder}/\n")
         rows = run(config, folder)
         print(f"\n{table(ends(rows))}")
@@ -639,14 +649,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return ended(error)
     except OSError as error:  # a full disk, a folder that cannot be written
-        return ended(f"{error}: what is in {folder} stays; once mended, --resume {folder} goes on")
+        return stopped(error)
     except KeyboardInterrupt:
-        begun = folder and folder.exists()
-        return ended(f"stopped; python erpd.py --resume {folder} goes on from here" if begun else "stopped", 130)
+        return stopped("stopped", 130)
+    except torch.OutOfMemoryError:
+        return stopped("the GPU's memory is full: a lower --tokens-per-step or --sample-rows, or --checkpointing 1, "
+                       "takes less, also beside --resume", alone=True)
     except RuntimeError as error:
         if ranks() == 1 or not re.search("peer|remote", str(error)):  # the words of gloo and NCCL
             raise
-        return ended(f"another process of this job has ended; --resume {folder} goes on, with any number of them", 1)
+        return stopped("another process of this job has ended", 1)
     return 0
 
 

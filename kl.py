@@ -159,9 +159,9 @@ def dual_ascent(multiplier: float, kl: float, budget: float, rate: float = 0.05,
 
         log multiplier += rate·e        λ = multiplier·exp(gain·e)        e = kl/budget − 1, bounded to [−1, 1]
 
-    The multiplier, within [least, bound], integrates what is over- or underspent. It answers late, since the policy
-    takes many updates to follow, and alone it swings; the second factor answers at once and damps that (a PI controller
-    on the Lagrangian, as in 2007.03964).
+    The multiplier, from `least` or 1/bound to `bound`, integrates what is over- or underspent. It answers late, since
+    the policy takes many updates to follow, and alone it swings; the second factor answers at once and damps that (a PI
+    controller on the Lagrangian, as in 2007.03964).
     """
     overspent = min(max(kl / budget - 1, -1.0), 1.0)
     multiplier = min(max(multiplier * math.exp(rate * overspent), least, 1 / bound), bound)
@@ -237,7 +237,7 @@ def budget_from_limit(right: Tensor, group: int, share: float = 0.75, efficiency
 
 # ----------------------------------------------------------------- for large vocabularies: never all the logits at once
 
-CHUNK = {"cpu": 2**25, "cuda": 2**27}  # logits held at a time, 128 MB; a GPU has more room, and waits for launches
+CHUNK = {"cpu": 2**25, "cuda": 2**27}  # logits in an array, 128 and 512 MB: a GPU has room, and waits for launches
 
 
 class TokenStats(NamedTuple):
@@ -258,7 +258,8 @@ def token_stats(hidden: Tensor, weight: Tensor | None, ids: Tensor, temperature:
                 chunk: int | None = None) -> TokenStats:
     """TokenStats of the tokens `ids` [N] from the hidden states [N, d] before them; `reference`: its states and weight.
 
-    Equal to the definitions above, in value and gradient (tests/test_kl.py), with about `chunk` logits in memory.
+    Equal to the definitions above, in value and gradient (tests/test_kl.py), with up to six arrays of about `chunk`
+    logits in memory at a time.
     """
     vocabulary = hidden.shape[1] if weight is None else len(weight)
     rows = max(1, (chunk or CHUNK[hidden.device.type]) // vocabulary)

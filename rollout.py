@@ -63,10 +63,12 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {str(device)!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
     with torch.no_grad():  # what another second token changes, at the first position and at its own
-        one, other = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=device)).logits
-    first, second = (one - other).abs().amax(-1)
+        output = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=device), use_cache=True)
+    first, second = output.logits.diff(dim=0)[0].abs().amax(-1)
     if first > 1e-3 * second + 1e-5:
         raise refused("is no causal language model: what it says of a token depends on the tokens after it")
+    if getattr(output, "past_key_values", None) is None:
+        raise refused("remembers the tokens before in its own way: it cannot be sampled without past_key_values")
     return model, tokenizer
 
 
@@ -150,7 +152,7 @@ class Rollouts:
 
     @property
     def completion_positions(self) -> Tensor:
-        """[B, T] where in a row of `ids` each completion token stands; past the end, the row's last column."""
+        """[B, T] where in a row of `ids` each completion token stands; past the end, some column of the row."""
         steps = torch.arange(self.log_probs.shape[1], device=self.length.device)
         return (self.prompt_length[:, None] + steps).clamp(max=self.ids.shape[1] - 1)
 
@@ -298,8 +300,6 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
     uniform = torch.cat([kl.noise(seed, problem, group, max_new_tokens) for problem in problems])
     decoding = decode_in_graphs if cuda_graph else decode
     tokens, log_probs = decoding(model, prompts, uniform.to(model.device), temperature, torch.tensor(stop), pad_id)
-    if not log_probs.isfinite().all():
-        raise InputError("the policy's logits are not finite: try --precision fp32, or a lower learning rate before")
     ends = torch.isin(tokens, torch.tensor(stop))
     length = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
     ids = [torch.cat([torch.tensor(prompts[b // group]), tokens[b, :n]]) for b, n in enumerate(length.tolist())]
@@ -322,10 +322,8 @@ def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature
     ragged = len({len(p) for p in prompts}) > 1
     for layer in cache.layers if ragged else []:  # else transformers reads the mask at every token: a GPU would wait
         layer.is_compileable = True
-    row = torch.arange(total, device=device)  # the samples that are still going
-    tokens = torch.full((total, steps), pad_id, device=device)
-    log_probs = torch.zeros(total, steps, device=device)
-    going = torch.ones(total, dtype=torch.bool, device=device)
+    row, going = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
+    tokens, log_probs = torch.full((total, steps), pad_id, device=device), torch.zeros(total, steps, device=device)
     for t in range(steps):
         token, log_prob = kl.choose(logits, temperature, uniform[row, t])
         tokens[row, t], log_probs[row, t] = token, log_prob
@@ -366,22 +364,23 @@ def prefill(model, prompts: Sequence[Sequence[int]], total: int, steps: int, pad
 def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_new_tokens: int, temperature: float = 1.0,
             template: str = "{question}", seed: int = 0, rows: int = 1024, cuda_graph: int = 0,
             desc: str = "sampling") -> Rollouts:
-    """`group` completions of every problem, judged; `rows` completions are sampled at a time.
+    """`group` completions of every problem, judged; about `rows` completions are sampled at a time, in whole groups.
 
-    Raises InputError where a prompt and its completion would not fit into the model's context.
+    Raises InputError where a prompt is empty or would not fit into the model's context with its completion, and where
+    the policy's logits are not finite.
     """
     prompts = [encode_prompt(tokenizer, p.question, template) for p in problems]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) + max_new_tokens > context:
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little left padding in a batch
+    if not prompts[by_length[0]]:
+        raise InputError(f"problem {by_length[0] + 1} has no tokens: this tokenizer knows none of its characters")
+    if len(prompts[longest := by_length[-1]]) + max_new_tokens > context:
         raise InputError(f"problem {longest + 1} has a prompt of {len(prompts[longest])} tokens; with --max-new-tokens "
                          f"{max_new_tokens} that is more than the model's context of {context}: shorten one of them")
     stop, model = stop_ids(model, tokenizer), lowered(model)
     pad_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little left padding in a batch
-    by_length = by_length[rank()::ranks()]
-    parts, right, done = [], 0.0, 0
+    parts, right, done, by_length = [], 0.0, 0, by_length[rank()::ranks()]
     with tqdm(total=len(by_length) * group, desc=desc, unit="completion", leave=False) as bar:
         per_batch = max(1, rows // group)
         for start in range(0, len(by_length), per_batch):
@@ -396,6 +395,8 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
             bar.update(len(part))
             bar.set_postfix(right=f"{right / done:.1%}")
     rollouts = Rollouts.concatenate(gathered(parts), pad_id)
+    if not rollouts.log_probs.isfinite().all():  # asked when all processes know it
+        raise InputError("the policy's logits are not finite: try --precision fp32, or a lower learning rate before")
     return rollouts.select(torch.argsort(rollouts.groups, stable=True))
 
 
@@ -477,7 +478,10 @@ class Memory:
 
     def get(self, name: str):
         """What was put there, tensors on the CPU; None where there is nothing. Raises InputError."""
-        return gathered([None if rank() else self.read(name)])[0]
+        values = [None if rank() else self.read(name)]
+        if ranks() > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def read(self, name: str):
         if self.folder is None or not (path := self.folder / f"{name}.pt").exists():
@@ -535,13 +539,15 @@ class Memory:
 # Started by torchrun, every process has the same policy, batch and random numbers, and computes a share: of the prompts
 # in `collect`, of the micro-batches in `micro_batches`. What they find is put together at once, so that all stay alike.
 
-def join() -> None:
+def join(device: str = "auto") -> None:
     """Become one of the processes that torchrun has started, if it has, on a GPU of its own where there are some."""
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
-    if torch.cuda.is_available():
+    if cuda := device != "cpu" and torch.cuda.is_available():
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > (cards := torch.cuda.device_count()):
+            raise InputError(f"there is one process for each GPU: give torchrun --nproc_per_node {cards} at most")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if rank():  # the first one speaks
         sys.stdout = open(os.devnull, "w")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedModel,
-                          ViTConfig, ViTForImageClassification)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, MambaConfig,
+                          MambaForCausalLM, PreTrainedModel, ViTConfig, ViTForImageClassification)
 
 import conftest
 import erpd
@@ -102,6 +102,8 @@ LATE = {
     "a tokenizer of another model": (lambda _, tokenizer: tokenizer.add_tokens(["<more>"]), "embedding of"),
     "no end of sequence": (no_end, "end-of-sequence"),
     "an encoder": (lambda *_: BertForMaskedLM(BertConfig(eos_token_id=1, **SIZE)), "causal"),
+    "a state space model": (lambda *_: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1,
+                                                                    state_size=4)), "past_key_values"),
     "a model of pictures": (lambda *_: ViTForImageClassification(ViTConfig(image_size=16, **SIZE)), "can load"),
     "no weights": (("model.safetensors", None), "can load"), "no tokenizer": (("tokenizer.json", None), "tokenizer"),
     "cut weights": (("model.safetensors", (TINY / "model.safetensors").read_bytes()[:999]), "can load"),

@@ -430,12 +430,14 @@ def test_collect_keeps_problems_and_rewards_together(make_bigram, make_tokenizer
         assert rollouts.groups.view(6, 2).tolist() == [[i, i] for i in range(6)]
 
 
-def test_collect_refuses_prompts_beyond_the_context(model, tokenizer):
+def test_collect_refuses_prompts_that_are_empty_or_beyond_the_context(model, tokenizer):
     """Mistake: positions past the model's last: an index error on the GPU, or silent nonsense."""
     problems = [Problem("1+2=", "3"), Problem("1" * 40, "3")]
     assert collect(model, tokenizer, problems, 1, max_new_tokens=8).prompt_length.max() == 40  # 48 just fit
     with pytest.raises(InputError, match="problem 2 .*40.*48"):
         collect(model, tokenizer, problems, 1, max_new_tokens=9)
+    with pytest.raises(InputError, match="problem 3 has no tokens"):
+        collect(model, tokenizer, [*problems, Problem("☃", "3")], 1, max_new_tokens=8)
 
 
 def test_evaluate_resamples_problems(make_bigram, tokenizer):

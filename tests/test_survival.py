@@ -44,7 +44,7 @@ def started(folder: Path, given: list[str], rank: int = 0, ranks: int = 0, port:
     losses, update = [], erpd.optimise
     if ranks:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                       "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
         def recorded(*a, **k):
             losses.append(float(update(*a, **k)["loss"]))
@@ -121,15 +121,40 @@ def test_damaged_memory_is_made_again_and_anothers_is_refused(tmp_path, capsys):
 
 
 def test_an_interruption_and_a_folder_that_cannot_be_written_end_with_one_line(tmp_path, monkeypatch, capsys):
-    """Mistake: a traceback, or no word of how to go on."""
+    """Mistakes: a traceback; no word of how to go on, or one where nothing has begun; no way on with less memory."""
     monkeypatch.chdir(tmp_path)
-    for error, code, said in ((KeyboardInterrupt(), 130, "--resume runs/one goes on"),
-                              (OSError(28, "No space left on device"), 2, "No space left")):
+    (tmp_path / "runs").write_text("in the way")
+    assert erpd.main(arguments(run="one")) == 2 and "--resume" not in capsys.readouterr().err
+    (tmp_path / "runs").unlink()
+    explore = erpd.explore
+    for error, code, said in ((KeyboardInterrupt(), 130, "stopped"), (OSError(28, "No space left"), 2, "No space left"),
+                              (torch.OutOfMemoryError("CUDA out of memory."), 2, "lower --tokens-per-step")):
         monkeypatch.setattr(erpd, "explore", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         assert erpd.main(arguments(run="one")) == code
-        assert said in capsys.readouterr().err.strip().splitlines()[-1]
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said in told and told.endswith("; python erpd.py --resume runs/one goes on from here")
         assert (tmp_path / "runs" / "one" / "round-1" / "rollouts.pt").exists()
+    monkeypatch.setattr(erpd, "explore", explore)
+    assert erpd.main(["--resume", "runs/one", "--tokens-per-step", "256"]) == 0
+
+
+def test_rows_that_were_damaged_are_measured_again(tmp_path, monkeypatch):
+    """Mistake: a run that goes on without the rows of the rounds that it had done."""
+    monkeypatch.chdir(tmp_path)
+    assert erpd.main(arguments(run="whole")) == 0
+    distill, metrics = erpd.distill, Path("runs/whole/metrics.jsonl").read_text()
+
+    def stopped(*a, seed, **k):
+        if seed == 2:  # in the second round
+            raise KeyboardInterrupt
+        return distill(*a, seed=seed, **k)
+
+    monkeypatch.setattr(erpd, "distill", stopped)
+    assert erpd.main(arguments(run="one")) == 130
+    Path("runs/one/rows.pt").write_bytes(Path("runs/one/rows.pt").read_bytes()[:-99])
+    monkeypatch.setattr(erpd, "distill", distill)
+    assert erpd.main(["--resume", "runs/one"]) == 0 and Path("runs/one/metrics.jsonl").read_text() == metrics
 
 
 # ------------------------------------------------------------------------------------------------ numbers that go wrong
