@@ -121,7 +121,7 @@ def frontier(figure: Figure, stages: Stages) -> str:
 
 
 def weak_teachers(figure: Figure, stages: Stages) -> str:
-    """Students at one budget beside their teachers, the weakest first; the combined one has no accuracy."""
+    """Students at one budget beside their teachers, the weakest first; where there are several, they have no accuracy."""
     figure.set_size_inches(7.5 * len(stages), 5)
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
     for axes, (title, outcomes) in zip(panels, stages.items()):
@@ -129,8 +129,8 @@ def weak_teachers(figure: Figure, stages: Stages) -> str:
         for row in outcomes[0].of("student"):
             labels.append(f"{row['path']}, {row['at']} updates" if row["at"] else row["path"])
             about = {key: row[key] for key in ("lr", "at") if "lr" in row}
-            teacher = row.get("teacher", "unlearned")
-            teachers.append([found["accuracy"] for o in outcomes for found in o.of(teacher, **about)])
+            teacher, measured = row.get("teacher", "unlearned"), outcomes if row["kind"] != "crossed" else []
+            teachers.append([found["accuracy"] for o in measured for found in o.of(teacher, **about)])
             students.append([o.one("student", path=row["path"], at=row["at"])["accuracy"] for o in outcomes])
         order = np.argsort(np.nan_to_num(means(teachers)[0], nan=1), kind="stable")
         for (mean, half), colour, marker, label in ((means(teachers), "grey", "o", "teacher"),

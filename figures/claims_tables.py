@@ -107,8 +107,7 @@ def rounds(stage: str, seeds: list[Outcome]) -> None:
     for method, name in ROUNDS.items():
         if have := [o.of(method) for o in seeds if o.of(method)]:
             rows.append((name, f"{len(have)}", *map(cell, zip(*have))))
-    if ends := [max((path[-1] for path in paths), key=lambda row: row["accuracy"])
-                for o in seeds if (paths := o.paths("grpo 8×"))]:
+    if ends := [o.best_path("grpo 8×")[-1] for o in seeds if o.of("grpo 8×")]:
         rows.append(("on-policy GRPO, end of 8,192 rollouts", f"{len(ends)}", "", "", "", cell(ends)))
     table(("method", "seeds", "round 1", "2", "3", "4"), rows)
     print("KL efficiency of round 4:", shown([o.worth(row) for o in seeds for row in o.of("erpd rounds")[-1:]]))

@@ -185,8 +185,7 @@ class Bench:
 
     def temperatures(self, *values: float) -> None:
         for value in values:
-            policy = Combined([self.base], [1 / value])
-            self.measure(policy, method="temperature", path="temperature", at=value)
+            self.measure(Combined([self.base], [1 / value]), method="temperature", path="temperature", at=value)
 
     def steps_back(self, loss: str, kind: str) -> None:
         """The most accurate checkpoint of a loss, moved back towards the base by steps."""
@@ -220,8 +219,7 @@ class Bench:
                             loss=config.unlearn_loss, updates=config.unlearn_updates, seed=self.seed)
 
     def measure_unlearned(self) -> None:
-        model = self.unlearned(*self.batch)
-        self.measure(model, method="unlearned", path="unlearned", at=self.config.unlearn_updates)
+        self.measure(self.unlearned(*self.batch), method="unlearned", path="unlearned", at=self.config.unlearn_updates)
 
     @cached_property
     def log_unlearned(self) -> Tensor:
@@ -359,7 +357,9 @@ def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench
     done = [row for row in measured(results) if mine.items() <= row.items()]
     bench = at(stage, folder / key, list(done))
     for name, work in plan(bench).items():
-        if name in (stage.only or [name]) and not any(row["job"] == name for row in done):
+        if stage.only and name not in stage.only:
+            continue
+        if not any(row["job"] == name for row in done):
             if time.monotonic() >= until:
                 return
             before = len(bench.rows)

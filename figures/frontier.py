@@ -110,7 +110,7 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
                   label="the limit: least KL of any policy")
     kl_axis(axes, max(row["kl"] for rows in runs.values() for row in rows))
     axes.set(ylim=(-0.02, 1.03), ylabel="right completions, held out",
-             title="Accuracy against the KL spent for it" + "; numbers: rounds" * (rows[-1]["round"] > 1))
+             title="Accuracy against the KL spent for it" + "; numbers: rounds" * bool(axes.texts))
     axes.yaxis.set_major_formatter("{x:.0%}")
     legend(axes, frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", type=Path, help="folders that erpd.py wrote")
     parser.add_argument("--out", type=Path, default=Path("frontier.png"), help="the picture")
     arguments = parser.parse_args()
-    several = {folder.name: read_run(folder) for folder in arguments.runs}
+    several = {str(folder): read_run(folder) for folder in arguments.runs}
     for name, rows in several.items():
         print(f"{name}\n{table(ends(rows))}\n")
     draw_frontier(several, arguments.out)

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
@@ -195,7 +194,7 @@ def draw(seeds: list[Outcome], path: Path, names: tuple[str, str]) -> None:
         kl_axis(axes, max(row[which + "kl"] for outcome in seeds for row in outcome.rows))
         axes.set_title("/".join(Path(name).parts[-2:]))
         axes.set_ylim(0, None)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter("{x:.0%}")
     first = figure.axes[0]
     for outcome in seeds:
         first.plot(*outcome.limit[::-1], **LIMIT, scaley=False, label="the limit: no policy can be to the left")

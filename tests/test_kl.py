@@ -48,31 +48,6 @@ def test_estimators_by_enumeration(estimator, samples, unbiased, slope):
     assert (value >= 0).all() == (estimator is not kl.k1)
 
 
-# -------------------------------------------------------------------------------------- log-probs, entropy and exact KL
-
-
-def test_tokens_without_probability():
-    """Mistake: 0·log 0 = NaN. A token p never chooses adds nothing; one that only q never chooses makes KL infinite.
-    """
-    log_p = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.5, 0.25, 0.25, 0.0]]).log().requires_grad_()
-    log_q = torch.tensor([[0.25, 0.25, 0.5, 0.0], [0.5, 0.5, 0.0, 0.0]]).log()
-    assert_close(kl.entropy(log_p), math.log(2) * torch.tensor([1, 1.5]))
-    value = kl.exact_kl(log_p, log_q)
-    assert_close(value, torch.tensor([math.log(2), math.inf]))
-    assert gradient(value[0], log_p)[0].isfinite().all()
-    assert_close(kl.exact_kl(log_p, log_p), torch.zeros(2))
-
-
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_log_softmax_is_fp32_at_the_temperature(temperature):
-    """Mistake: a softmax in bf16 (errors of 1e-2), or one that forgets the sampling temperature."""
-    torch.manual_seed(0)
-    logits = (8 * torch.randn(3, 1000)).bfloat16()
-    log_probs = kl.log_softmax(logits, temperature)
-    assert log_probs.dtype == torch.float32
-    assert_close(log_probs.double(), (logits.double() / temperature).log_softmax(-1), atol=1e-4, rtol=0)
-
-
 # --------------------------------------------------------------------------------------------------------- on-policy KL
 
 def all_sequences(eos: int):
@@ -156,16 +131,17 @@ def test_token_stats_are_those_of_all_the_logits(temperature, chunk, has_weight,
 
 
 def test_token_stats_where_tokens_have_no_probability():
-    """Mistake: 0·log 0 = NaN. Tokens barred in policy and reference alike count nothing, nor does their gradient."""
-    logits = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log().repeat(2, 1).requires_grad_()
-    other = torch.tensor([[0.0, 0.0, 0.0, -math.inf]]).repeat(2, 1)
+    """Mistake: 0·log 0 = NaN. Tokens barred in the policy count nothing, nor does their gradient, barred in the
+    reference or not; one that only the reference never chooses makes KL infinite."""
+    logits = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log().repeat(3, 1).requires_grad_()
+    other = torch.tensor([[0.0, 0.0, 0.0, -math.inf], [0.0] * 4, [0.0, 0.0, -math.inf, 0.0]])
     for chunk in (4, 100):
-        stats = kl.token_stats(logits, None, torch.tensor([0, 1]), with_entropy=True, chunk=chunk,
+        stats = kl.token_stats(logits, None, torch.tensor([0, 1, 2]), with_entropy=True, chunk=chunk,
                                reference=(other, None))
-        assert_close(stats.log_prob.exp(), torch.tensor([0.5, 0.25]))
-        assert_close(stats.entropy, torch.full((2,), 1.5 * math.log(2)))
-        assert_close(stats.kl, torch.full((2,), math.log(3) - 1.5 * math.log(2)))
-        slope = gradient((stats.log_prob + stats.kl).sum(), logits)
+        assert_close(stats.log_prob.exp(), torch.tensor([0.5, 0.25, 0.25]))
+        assert_close(stats.entropy, torch.full((3,), 1.5 * math.log(2)))
+        assert_close(stats.kl, torch.tensor([3.0, 4.0, math.inf]).log() - 1.5 * math.log(2))
+        slope = gradient((stats.log_prob + stats.kl)[:2].sum(), logits)[:2]
         assert slope.isfinite().all() and (slope[:, 3] == 0).all()
 
 
@@ -182,15 +158,14 @@ def test_sure_tokens(chunk):
 
 
 def test_token_stats_in_bf16():
-    """Mistake: sums over a vocabulary, or of many chunks' gradients, in bf16. The logits are rounded, as the model's
-    are."""
+    """Mistake: a softmax (errors of 1e-2), sums over a vocabulary, or of many chunks' gradients, in bf16. The logits
+    are rounded, as the model's are."""
     torch.manual_seed(0)
     hidden, weight, ids = torch.randn(64, 32).bfloat16(), torch.randn(5000, 32).bfloat16(), torch.randint(5000, (64,))
+    exact = Categorical(logits=(hidden @ weight.T).double() / 0.7)
     stats = kl.token_stats(hidden, weight, ids, 0.7, with_entropy=True)
-    log_pi = kl.log_softmax(hidden @ weight.T, 0.7)
     assert stats.log_prob.dtype == torch.float32
-    assert_close(stats.log_prob, kl.token_log_probs(log_pi, ids), atol=1e-4, rtol=1e-5)
-    assert_close(stats.entropy, kl.entropy(log_pi), atol=1e-4, rtol=1e-5)
+    assert_close(stats[:2], (exact.log_prob(ids), exact.entropy()), check_dtype=False, atol=1e-4, rtol=1e-5)
     weight.requires_grad_()
     one, many = (gradient(kl.token_stats(hidden, weight, ids, chunk=chunk).log_prob.sum(), weight).float()
                  for chunk in (10**9, 5000))
@@ -240,19 +215,6 @@ def test_masked_mean_ignores_what_is_behind_the_mask(mask, mean):
     assert_close(gradient(value, values), mask / 3)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5])
-def test_micro_batches_add_up(rows):
-    """Mistake: each micro-batch divided by its own tokens: the gradient then depends on how the batch was split."""
-    torch.manual_seed(0)
-    weight, inputs = torch.randn(6, requires_grad=True), torch.randn(5, 4, 6)
-    mask = (torch.arange(4) < torch.tensor([4, 1, 0, 2, 3])[:, None]).float()  # ragged, one row empty
-    whole = gradient(((inputs @ weight).square() * mask).sum() / 10, weight)
-    for part, part_mask in zip(inputs.split(rows), mask.split(rows)):
-        kl.masked_mean((part @ weight).square(), part_mask, denominator=mask.sum()).backward()
-    assert_close(weight.grad, whole)
-    assert_close(gradient(kl.masked_mean((inputs @ weight).square(), mask), weight), whole)
-
-
 # ----------------------------------------------------------------------------------------------------------- surrogates
 
 @pytest.mark.parametrize("ratio, advantage, value, slope", [
@@ -292,7 +254,7 @@ def test_dual_ascent_direction_and_bounds():
         assert harder * math.log(multiplier) > 0 and harder * math.log(coefficient) > harder * math.log(multiplier)
     assert kl.dual_ascent(1.0, kl=1.0, budget=1.0, rate=0.1) == (1.0, 1.0)
     for wild in (1e9, math.inf):  # one wild batch moves it no further than twice the budget does
-        assert kl.dual_ascent(1.0, kl=wild, budget=1.0, rate=0.1) == kl.dual_ascent(1.0, kl=2.0, budget=1.0, rate=0.1)
+        assert kl.dual_ascent(1.0, kl=wild, budget=0.5, rate=0.1) == kl.dual_ascent(1.0, kl=1.0, budget=0.5, rate=0.1)
     assert kl.dual_ascent(900.0, kl=9.0, budget=1.0, rate=1.0, bound=1e3)[0] == 1e3
     assert kl.dual_ascent(2e-3, kl=0.0, budget=1.0, rate=9.0, bound=1e3)[0] == 1e-3
     assert kl.dual_ascent(0.6, kl=0.0, budget=1.0, rate=9.0, least=0.5)[0] == 0.5
@@ -337,9 +299,6 @@ def test_interpolated(make_model):
     """Mistake: interpolating in place, or tied weights moved twice."""
     base, model = make_model("qwen3", 1), make_model("qwen3", 2)
     before = copy.deepcopy(base.state_dict()), copy.deepcopy(model.state_dict())
-    ids = torch.arange(8)[None]
-    for alpha, same in ((0.0, base), (1.0, model)):
-        assert_close(kl.interpolated(base, model, alpha)(ids).logits, same(ids).logits)
     middle = kl.interpolated(base, model, 0.25)
     for name, weight in middle.state_dict().items():
         assert_close(weight, 0.75 * before[0][name] + 0.25 * before[1][name])
@@ -362,13 +321,6 @@ def test_least_kl_is_the_least():
     cost = kl_divergence(Categorical(coins[1]), Categorical(coins[0].expand(500, 6, 2))).mean(-1)
     at = torch.searchsorted(accuracy, q.mean(-1)).clamp(1, len(accuracy) - 1) - 1  # the point just below
     assert (cost >= least[at] - 1e-9).all()
-
-
-def test_least_kl_by_hand():
-    """Mistake: nats, mean or direction. One problem, right half the time: KL = log 2 − H(a)."""
-    for a, least in zip(*kl.least_kl(torch.tensor([0.5]), points=9)):
-        entropy = Categorical(torch.tensor([a, 1 - a], dtype=torch.float64)).entropy().item()
-        assert least == pytest.approx(math.log(2) - entropy, abs=1e-6)
 
 
 def test_a_rounds_budget_by_hand():

@@ -1,19 +1,15 @@
 """Runs that are stopped, numbers that go wrong, several processes, many rounds.
 
-    python tests/test_survival.py --kills 50        # both jobs below, killed as often, at random moments
-    python tests/test_survival.py --rounds 30       # memory, disk and time, round by round
+    KILLS=50 python -m pytest -s tests/test_survival.py -k killed        # both jobs below, killed as often
+    ROUNDS=30 python -m pytest -s tests/test_survival.py -k nothing_behind    # memory, disk and time, round by round
 """
 
-import argparse
-import contextlib
-import io
 import json
 import math
 import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -64,17 +60,18 @@ def begin(*given):
 
 # -------------------------------------------------------------------------------------------------------- interruption
 
-def killed_again_and_again(folder: Path, method: str, kills: int, seed: int = 0) -> int:
-    """Runs a job undisturbed; then again, with SIGKILL at random moments, until `kills` are spent. Every run must end
-    with the same bytes. Returns how many runs were made of it."""
-    random, given = Random(seed), arguments(run="one", method=method)
-    (folder / "whole").mkdir()
-    began, whole = time.monotonic(), begin(folder / "whole", given)
+@pytest.mark.parametrize("method", ["erpd", "grpo"])
+def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(tmp_path, method):
+    """A job undisturbed; then again, with SIGKILL at random moments, until the kills are spent. Mistakes: an optimizer,
+    a shuffle or λ that begins anew, a row measured twice, a file half written. To the bit."""
+    random, given, kills = Random(0), arguments(run="one", method=method), int(os.environ.get("KILLS", 10))
+    (tmp_path / "whole").mkdir()
+    began, whole = time.monotonic(), begin(tmp_path / "whole", given)
     whole.join()
     lasted, runs = time.monotonic() - began, 0
     assert whole.exitcode == 0
     while kills > 0:
-        here = folder / f"killed-{runs}"
+        here = tmp_path / f"killed-{runs}"
         here.mkdir()
         while True:
             there = (here / "runs" / "one" / "config.json").exists()
@@ -88,17 +85,10 @@ def killed_again_and_again(folder: Path, method: str, kills: int, seed: int = 0)
                 shutil.rmtree(here / "runs", ignore_errors=True)
         assert process.exitcode == 0, (here / "stderr-0").read_text()
         for name in ("metrics.jsonl", "policy/model.safetensors"):
-            one, other = (where / "runs" / "one" / name for where in (folder / "whole", here))
+            one, other = (where / "runs" / "one" / name for where in (tmp_path / "whole", here))
             assert one.read_bytes() == other.read_bytes(), name
         runs += 1
-    return runs
-
-
-@pytest.mark.parametrize("method", ["erpd", "grpo"])
-def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(tmp_path, method):
-    """Mistakes: an optimizer, a shuffle or λ that begins anew, a row measured twice, a file half written. To the bit.
-    """
-    assert killed_again_and_again(tmp_path, method, 10) >= 1
+    print(f"{method}: {os.environ.get('KILLS', 10)} kills over {runs} runs; each ended with the same bytes")
 
 
 def test_damaged_memory_is_made_again_and_anothers_is_refused(tmp_path, capsys):
@@ -263,49 +253,23 @@ def test_two_processes_do_what_one_does_and_another_number_goes_on(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------- soak
 
-def many_rounds(folder: Path, count: int) -> tuple[list[float], list[int], list[float]]:
-    """(MB of memory in use, bytes on disk without the stored batches, seconds since the last) as each round begins."""
-    os.chdir(folder)
-    memory, disk, seconds, one, last = [], [], [], erpd.one_round, [time.monotonic()]
-
-    def measured(*a, **k):
-        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-        disk.append(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stem not in
-                        ("rollouts", "signal", "rows", "metrics")))
-        seconds.append(time.monotonic() - last[0])
-        last[0] = time.monotonic()
-        return one(*a, **k)
-
-    erpd.one_round = measured
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert erpd.main(arguments(run="soak", rounds=count, kl_budget=0.05, curve_samples=0)) == 0
-    finally:
-        erpd.one_round = one
-    return memory, disk, seconds
-
-
 def test_rounds_leave_nothing_behind(tmp_path, monkeypatch):
     """Mistake: policies, optimizer states or graphs of earlier rounds that are kept."""
     monkeypatch.chdir(tmp_path)
-    memory, disk, _ = many_rounds(tmp_path, 8)
+    memory, disk, began, one = [], [], [], erpd.one_round
+
+    def measured(*a, **k):  # as each round begins: memory in use; on disk, without the stored batches; the time
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        disk.append(sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file() and p.stem not in
+                        ("rollouts", "signal", "rows", "metrics")) / 2**20)
+        began.append(time.monotonic())
+        return one(*a, **k)
+
+    monkeypatch.setattr(erpd, "one_round", measured)
+    count = int(os.environ.get("ROUNDS", 8))
+    assert erpd.main(arguments(run="soak", rounds=count, kl_budget=0.05, curve_samples=0)) == 0
     assert len(disk) >= 6 and disk[-1] <= 1.02 * disk[2] and memory[-1] <= 1.1 * memory[2]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=0)
-    given = parser.parse_args()
-    for method in ("erpd", "grpo") if given.kills else ():
-        with tempfile.TemporaryDirectory() as scratch:
-            runs = killed_again_and_again(Path(scratch), method, given.kills)
-            print(f"{method}: {given.kills} kills over {runs} runs; each ended with the same metrics and weights")
-    if given.rounds:
-        home = os.getcwd()
-        with tempfile.TemporaryDirectory() as scratch:
-            used, written, took = many_rounds(Path(scratch), given.rounds)
-            os.chdir(home)
-        print(f"{len(used)} rounds. Memory after round 3: {used[2]:.1f} MB, at the end {used[-1]:.1f} MB "
-              f"({used[-1] / used[2] - 1:+.1%}). On disk {written[2] / 2**20:.2f}, {written[-1] / 2**20:.2f} MB. "
-              f"A round: {statistics.median(took[3:13]):.2f} s, the last ten {statistics.median(took[-10:]):.2f} s")
+    took = [after - before for before, after in zip(began, began[1:])]
+    print(f"{len(disk)} rounds. MB of memory after round 3 and at the end: {memory[2]:.1f}, {memory[-1]:.1f}; on disk "
+          f"{disk[2]:.2f}, {disk[-1]:.2f}. Seconds a round: {statistics.median(took[2:12]):.2f}, of the last ten "
+          f"{statistics.median(took[-10:]):.2f}")
