@@ -259,9 +259,15 @@ def stages(fresh: bool = False) -> list[Stage]:
                   rare(seed)]
     if fresh:  # the last ten for the student and its control alone, which ten seeds had left undecided
         return found + [rare(seed, only=("base", "sapo 3e-05", "erpd", "control")) for seed in range(30, 40)]
-    few = {"everything": False, "rates": (1e-4, 3e-4), "budgets": (0.15, 0.4, 1.0, 1.8)}
+    few = {"batches": 1, "rates": (1e-4, 3e-4), "budgets": (0.15, 0.4, 1.0, 1.8), "only": frontier(1e-4, 3e-4)}
     return found + [Stage(name, config(seed=seed, test_problems=128, **settings), carries, **few)
                     for seed in range(3) for name, (settings, carries) in CELLS.items()]
+
+
+def frontier(*rates: float) -> tuple[str, ...]:
+    """The jobs that a small frontier needs."""
+    return ("base", *(f"{loss} {lr:g}" for loss in ("sapo", "nll") for lr in rates), "unlearned policy", "erpd",
+            "erpd, unlearned", "weights: nll", "weights: sapo")
 
 
 def quick_stage() -> Stage:
@@ -285,14 +291,15 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def language_model(model: str) -> list[Stage]:
-    """The frontier, smaller, on a chat model with one-digit sums."""
+    """The frontier, smaller, and rounds, on a chat model with one-digit sums."""
     settings = {
         "template": "{question} Reply with the number only.", "problems": 12, "group": 8, "max_new_tokens": 24,
         "test_problems": 27, "test_samples": 4, "limit_samples": 16, "explore_lr": 1e-5, "explore_batch": 16,
         "explore_updates": 16, "unlearn_updates": 6, "distill_lr": 1e-5, "distill_batch": 16, "distill_updates": 24,
         "tokens_per_step": 1100, "sample_rows": 256, "precision": "fp32"}
+    only = *frontier(1e-5), "rounds", "expert iteration"
     return [Stage("SmolLM2", config(seed=seed, model=model, **sums(SCRATCH), **settings), rates=(1e-5,), least=16,
-                  nll_least=16, most=64, budgets=(), everything=False) for seed in range(2)]
+                  nll_least=16, most=64, budgets=(), batches=6, only=only) for seed in range(2)]
 
 
 def main() -> None:

@@ -130,15 +130,17 @@ def cells(found: dict[str, list[Outcome]]) -> None:
 
 
 def policies(seeds: list[Outcome]) -> None:
-    """Every policy of a stage with few of them: right, KL, KL efficiency; by update, share of the way, or alone."""
+    """Every policy of a stage with few of them: right, KL, KL efficiency; by update, share of the way, round, or alone."""
     def cell(o: Outcome, method: str, at: float | None) -> str:
         for row in o.of(method, **({} if at is None else {"at": at})):
             worth = f", {o.worth(row):.2f}" if row["accuracy"] > o.base else ""
             return f"{row['accuracy']:.0%}, {row['kl']:.2f}".replace("%", " %") + worth
         return "–"
 
-    found = dict.fromkeys((row["method"], None if "budget" in row else row["at"]) for o in seeds for row in o.rows)
-    order = sorted(found, key=lambda key: (list(NAMES).index(key[0]), key[1] or 0))
-    rows = [(f"{NAMES[method]}, {at:g}" if at else NAMES[method], *(cell(o, method, at) for o in seeds))
+    names = NAMES | ROUNDS
+    found = dict.fromkeys((row["method"], row["at"] if row["method"] in ROUNDS or "budget" not in row else None)
+                          for o in seeds for row in o.rows)
+    order = sorted(found, key=lambda key: (list(names).index(key[0]), key[1] or 0))
+    rows = [(f"{names[method]}, {at:g}" if at else names[method], *(cell(o, method, at) for o in seeds))
             for method, at in order]
     table(("policy, at", *(f"seed {k}: right, KL, KL efficiency" for k in range(len(seeds)))), rows)

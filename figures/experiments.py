@@ -39,7 +39,7 @@ class Stage:
     nll_least: int = 512  # of cross-entropy, the strongest
     budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students', nats; none: the round's
     steps: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of the way that policies are moved back to
-    everything: bool = True  # False: the frontier alone
+    batches: int = 8  # as many stored batches' problems are drawn: for methods that take new ones
     all_weights: bool = True  # of checkpoints are kept; False: the best one's
     shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets
     only: tuple[str, ...] = ()  # the jobs to run; none: all
@@ -52,7 +52,7 @@ def carries(question: str) -> int:
 
 def drawn(stage: Stage) -> tuple[list[Problem], list[Problem]]:
     """(problems to train on, those of the stored batch first; problems held out)."""
-    wanted, config = stage.carries, replace(stage.config, rounds=8 if stage.everything else 1)
+    wanted, config = stage.carries, replace(stage.config, rounds=stage.batches)
     if not wanted:
         return erpd.problems_of(config)
     many = replace(config, problems=40 * config.problems, test_problems=40 * config.test_problems)
@@ -318,15 +318,13 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
     """Every job of a stage by name; later ones build on earlier ones."""
     stage = bench.stage
     plan: dict[str, Callable[[], object]] = {"base": bench.limit}
-    for loss in ("sapo", "nll", "mse", "ce", "clip") if stage.everything else ("sapo", "nll"):
+    for loss in "sapo", "nll", "mse", "ce", "clip":
         plan |= bench.direct(loss)
     plan |= {"unlearned policy": bench.measure_unlearned,
              "erpd": partial(bench.ladder, "erpd", "contrast", stage.budgets),
              "erpd, unlearned": partial(bench.ladder, "erpd, unlearned", "unlearned", stage.budgets),
              "weights: nll": partial(bench.steps_back, "nll", "weights"),
              "weights: sapo": partial(bench.steps_back, "sapo", "weights")}
-    if not stage.everything:
-        return plan
     # With a floor under λ the control spends less of its budget, and is weaker.
     plan["control"] = partial(bench.ladder, "control", "control", stage.budgets[1:3], lambda_floor=0.0)
     for times, name in (8, "grpo 8×"), (1, "grpo"):

@@ -218,7 +218,7 @@ def stages(arguments) -> list[Benchmark]:
                   "distill_updates": 2}
         more |= {"rates": (3e-5,), "least": 16, "nll_least": 2, "most": 2, "shortest": 2 * ROUNDS, "kept": None}
     return [Benchmark("quick" if arguments.quick else "GSM8K", erpd.Config(**sizes, seed=seed), budgets=(),
-                      everything=False, all_weights=False, **more) for seed in range(arguments.seeds)]
+                      all_weights=False, **more) for seed in range(arguments.seeds)]
 
 
 def main(given: list[str] | None = None) -> int:
