@@ -112,7 +112,7 @@ def asked(o: Outcome, stage: str) -> Iterator[tuple]:
             lead = several - o.worth(student(f"{loss}, contrast"))
             yield "C5", f"efficiency of sapo + mse + nll less that of {loss} alone", ">", 0, lead
     theirs = o.efficiency("control", o.levels[1])
-    if not math.isnan(theirs):  # where right completions are rare the control never gets there
+    if not math.isnan(theirs):  # where right completions are rare the control seldom gets there
         yield "C4", "e  efficiency 1/2 of the way, less that of Â in place of δ_t", ">", 0, efficiency[1] - theirs
 
     rounds, imitated = ([row["accuracy"] for row in o.of(method)] for method in ("erpd rounds", "expert iteration"))

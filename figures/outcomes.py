@@ -11,8 +11,8 @@ import kl
 from figures.experiments import measured
 
 LEVELS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6}  # of the way from the base's accuracy to 1
-T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11,
-       2.10, 2.09)  # two-sided, by degrees of freedom
+T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
+       2.131, 2.120, 2.110, 2.101, 2.093)  # two-sided, by degrees of freedom
 
 
 class Outcome:
