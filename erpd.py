@@ -244,6 +244,7 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
         loss.backward()
         numbers = {"loss": loss.detach(), **numbers}
         shown = {name: shown.get(name, 0.0) + number for name, number in numbers.items()}
+        del stats, loss  # and with them, under autocast, the reference's lowered output embedding
     shown = added_up(model, shown)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.isfinite(shown["loss"] + norm):  # asked before the weights change
@@ -601,7 +602,7 @@ def run(config: Config, folder: Path) -> list[dict]:
     policy, size = first, (len(problems) if config.method == "grpo" else config.problems)
     if done["round"]:
         policy, _ = trainable(first, lr=0.0)  # a copy
-        policy.load_state_dict(done["weights"])
+        policy.load_state_dict(done.pop("weights"))
     try:
         with autocast(config.precision, first.device):
             watch(1, "base", first, max(config.test_samples, config.limit_samples))

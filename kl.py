@@ -237,7 +237,7 @@ def budget_from_limit(right: Tensor, group: int, share: float = 0.75, efficiency
 
 # ----------------------------------------------------------------- for large vocabularies: never all the logits at once
 
-CHUNK = {"cpu": 2**25, "cuda": 2**27}  # logits in an array, 128 and 512 MB: a GPU has room, and waits for launches
+CHUNK = 2**25  # logits in an array, 128 MB: a GPU works longer on it than it waits for its launch
 
 
 class TokenStats(NamedTuple):
@@ -258,11 +258,11 @@ def token_stats(hidden: Tensor, weight: Tensor | None, ids: Tensor, temperature:
                 chunk: int | None = None) -> TokenStats:
     """TokenStats of the tokens `ids` [N] from the hidden states [N, d] before them; `reference`: its states and weight.
 
-    Equal to the definitions above, in value and gradient (tests/test_kl.py), with up to six arrays of about `chunk`
+    Equal to the definitions above, in value and gradient (tests/test_kl.py), with up to five arrays of about `chunk`
     logits in memory at a time.
     """
     vocabulary = hidden.shape[1] if weight is None else len(weight)
-    rows = max(1, (chunk or CHUNK[hidden.device.type]) // vocabulary)
+    rows = max(1, (chunk or CHUNK) // vocabulary)
     return TokenStats(*_InChunks.apply(hidden, weight, ids, temperature, with_entropy, reference, rows))
 
 
@@ -282,6 +282,7 @@ class _InChunks(torch.autograd.Function):
             log_q = log_policy(reference[0][part], reference[1], temperature) if reference else None
             stats.append((token_log_probs(log_p, ids[part]), entropy(log_p) if with_entropy else None,
                           exact_kl(log_p, log_q) if reference else None))
+            del log_p, log_q  # before the next chunk's are made
         log_prob, its_entropy, kl = (None if column[0] is None else torch.cat(column) for column in zip(*stats))
         ctx.save_for_backward(hidden, weight, ids, kl)
         ctx.settings = temperature, reference, rows
@@ -307,4 +308,5 @@ class _InChunks(torch.autograd.Function):
                 grad_weight.addmm_(grad_z.T, hidden[part])
             elif grad_weight is not None:  # products in bf16 are summed in fp32
                 grad_weight += grad_z.T @ hidden[part]
+            log_p = log_ratio = slope = grad_z = None  # before the next chunk's are made
         return grad_hidden, grad_weight, *[None] * 5

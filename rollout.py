@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -60,6 +60,8 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
         raise refused("has weights that are not finite: its file is damaged, or its training had diverged")
     try:
         model = model.to(device).eval()
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # a CUDA graph is captured on the current one
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {str(device)!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
     with torch.no_grad():  # what another second token changes, at the first position and at its own
@@ -79,13 +81,22 @@ def save_policy(model, tokenizer, folder: str | Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+@cache
+def run_again(kind: type) -> type:
+    """The same layer with a forward pass that runs again in the backward pass. A class, since a layer that held its own
+    method would not be freed with the last reference to it, but by some later garbage collection."""
+    def forward(self, *args, **kwargs):
+        return checkpoint(kind.forward, self, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return type(kind.__name__, (kind,), {"forward": forward, "runs_again": True, "__module__": kind.__module__})
+
+
 def trainable(base, lr: float, checkpointing: bool = False):
     """(model, optimizer): a copy of a policy to train; it stays in eval mode, so that dropout is off."""
     model = copy.deepcopy(base).requires_grad_(True)
     if checkpointing:  # transformers' own would need train mode; without dropout there is no random state to keep
         for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer) and "forward" not in vars(layer):
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            if isinstance(layer, GradientCheckpointingLayer) and not hasattr(layer, "runs_again"):
+                layer.__class__ = run_again(type(layer))
     return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
 
@@ -255,7 +266,8 @@ def completion_stats(model, rollouts: Rollouts, temperature: float = 1.0, *, wit
     """log π(y_t|s_t), on request the entropy and the exact KL to the model `reference`, at every stored prefix [B, T];
     0 after the end, with gradients where they are enabled, on the model's device.
 
-    The rollouts lie on the CPU. Which outputs count is worked out there, so that a GPU is not waited for.
+    The rollouts lie on the CPU. Which outputs count is worked out there, so that a GPU is not waited for here
+    (transformers asks it once a pass whether a row is several sequences).
     """
     rows, copy_of = rollouts.distinct()
     part = rollouts.select(rows)
@@ -357,6 +369,11 @@ def prefill(model, prompts: Sequence[Sequence[int]], total: int, steps: int, pad
     seen = attention[:, :width] if prompt_length.min() < width else None
     output = model(input_ids=left_padded, attention_mask=seen, position_ids=position, use_cache=True, logits_to_keep=1)
     prompt_of = torch.arange(total, device=model.device) // (total // len(prompts))
+    layers = output.past_key_values.layers
+    for k, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            layers[k] = GrowingLayer()
+            layers[k].update(layer.keys, layer.values)
     output.past_key_values.reorder_cache(prompt_of)
     return output.logits[prompt_of, -1], attention[prompt_of], position[prompt_of, -1:], output.past_key_values
 
@@ -476,9 +493,10 @@ class Memory:
     def inside(self, name: str) -> "Memory":
         return Memory(self.folder and self.folder / name, self.of)
 
-    def get(self, name: str):
+    def get(self, name: str, wanted: Callable = lambda value: True):
         """What was put there, tensors on the CPU; None where there is nothing. Raises InputError."""
-        values = [None if rank() else self.read(name)]
+        value = None if rank() else self.read(name)
+        values = [value if value is not None and wanted(value) else None]
         if ranks() > 1:
             dist.broadcast_object_list(values)
         return values[0]
@@ -517,8 +535,7 @@ class Memory:
 
     def stage(self, name: str, model, optimizer, more: dict) -> int:
         """Updates of this stage that were done when the run was stopped, with all as it was then; or 0."""
-        state = self.get("state")
-        if not state or state["stage"] != name:
+        if (state := self.get("state", lambda state: state["stage"] == name)) is None:
             return 0
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -543,6 +560,8 @@ def join(device: str = "auto") -> None:
     """Become one of the processes that torchrun has started, if it has, on a GPU of its own where there are some."""
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
+    if ":" in device:
+        raise InputError(f"--device {device!r} is one card, and torchrun has a process for each: leave it out")
     if cuda := device != "cpu" and torch.cuda.is_available():
         if int(os.environ["LOCAL_WORLD_SIZE"]) > (cards := torch.cuda.device_count()):
             raise InputError(f"there is one process for each GPU: give torchrun --nproc_per_node {cards} at most")
@@ -602,13 +621,22 @@ def captured(step: Callable) -> Callable:
     return graph.replay
 
 
-class FixedLayer(StaticLayer):
-    """Keys and values [B, heads, L, d] that stay in their place, in the dtype in which attention reads them."""
+class AsRead:
+    """Keys and values [B, heads, L, d] in the dtype in which attention reads them: under autocast half of the memory.
+    """
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         device = keys.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else keys.dtype
         return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
+
+
+class GrowingLayer(AsRead, DynamicLayer):
+    """Of the tokens so far."""
+
+
+class FixedLayer(AsRead, StaticLayer):
+    """Of all tokens there will be, in their place."""
 
 
 @torch.inference_mode()
@@ -623,7 +651,7 @@ def decode_in_graphs(model, prompts: Sequence[Sequence[int]], uniform: Tensor, t
     """
     (total, steps), device = uniform.shape, model.device
     logits, attention, position, begun = prefill(model, prompts, total, steps, pad_id)
-    if model.config._attn_implementation != "sdpa" or any(type(layer) is not DynamicLayer for layer in begun.layers):
+    if model.config._attn_implementation != "sdpa" or any(type(layer) is not GrowingLayer for layer in begun.layers):
         raise InputError(f"--cuda-graph 1 cannot sample from {type(model).__name__}: it needs sdpa attention to the "
                          "keys and values of all tokens")
     columns = torch.arange(attention.shape[1], device=device)

@@ -1,7 +1,9 @@
 """The stages of erpd.py and its command line."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import fields, replace
 
 import pytest
@@ -128,7 +130,8 @@ def test_student_is_the_mean_of_its_weights_over_the_second_half(stage, monkeypa
 
 
 def test_checkpointing_changes_no_update(stage):
-    """Layers that are not run again, or that are but with other inputs."""
+    """Layers that are not run again, or that are but with other inputs; or that hold themselves, so that policies stay
+    on the GPU until a garbage collection."""
     base, tokenizer, problems, rollouts = stage
     model, checkpointed = (explored(base, rollouts, Config(**SMALL, checkpointing=on), loss="mse", updates=2)
                            for on in (0, 1))
@@ -140,6 +143,11 @@ def test_checkpointing_changes_no_update(stage):
         next(checkpointed.parameters()).zero_()
     assert torch.equal(weights(again), weights(erpd.trainable(again, 1e-4)[0]))
     torch.testing.assert_close(score(again, rollouts), score(model, rollouts), atol=1e-4, rtol=0)
+    layer = weakref.ref(again.model.layers[0])
+    gc.disable()
+    del again
+    assert layer() is None
+    gc.enable()
 
 
 def test_explorer_raises_right_completions_and_the_unlearned_policy_wrong_ones(stage):

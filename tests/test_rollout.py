@@ -19,7 +19,8 @@ from figures.experiments import Combined
 from figures.speed import counted
 from rollout import (Memory, Rollouts, bootstrap_interval, captured, collect, completion_stats, completion_texts,
                      decode, decode_in_graphs, divergence, encode_prompt, evaluate, load_policy, lowered,
-                     micro_batches, mini_batches, output_embedding, pass_at_k, sample, save_policy, score, stop_ids)
+                     micro_batches, mini_batches, output_embedding, pass_at_k, prefill, sample, save_policy, score,
+                     stop_ids)
 
 PROMPTS = [[5, 3, 14, 4, 9, 13, 7], [4], [6, 13, 8, 14]]  # ragged
 
@@ -342,9 +343,12 @@ def test_weights_are_cast_once_and_not_at_every_token(make_model, tokenizer, mon
 
 
 def test_steps_of_fixed_shape_under_autocast(make_model):
-    """Mistake: a cache in the dtype of the keys, where autocast makes values of another."""
+    """Mistake: a cache in the dtype of the keys, where autocast makes values of another; or both kept in fp32, to be
+    cast at every token."""
     model = make_model("qwen3")
     with torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False):
+        layers = prefill(model, PROMPTS, 6, 4, EOS)[3].layers
+        assert {x.dtype for layer in layers for x in (layer.keys, layer.values)} == {torch.bfloat16}
         fixed, plain = fixed_and_plain(model, PROMPTS, lambda step: step, steps=12)
     alike = (fixed[0] == plain[0]).cumprod(1).bool()  # products in bf16 are rounded by their shapes
     assert alike.float().mean() > 0.9

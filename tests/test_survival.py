@@ -240,6 +240,10 @@ def test_two_processes_do_what_one_does_and_another_number_goes_on(tmp_path):
     for one, other in zip(*rows, strict=True):
         assert one["policy"] == other["policy"] and abs(one["accuracy"] - other["accuracy"]) < 0.2
 
+    process, = together(tmp_path / "one card", 1, 29620, arguments(run="one") + ["--device", "cuda:1"])
+    process.join()
+    assert process.exitcode == 2 and "torchrun has a process for each" in (tmp_path / "one card/stderr-0").read_text()
+
     process, other = together(tmp_path / "3", 2, 29621, arguments(run="one"))
     while not list((tmp_path / "3").glob("runs/one/round-1/unlearned*")) and process.is_alive():
         time.sleep(0.01)
