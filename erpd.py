@@ -57,10 +57,10 @@ class Config:
     model: str = option("tutorial/tiny_base", "folder or hub name of the base policy", "Qwen/Qwen3-4B-Thinking-2507")
     data: str = option("chain", "chain (built in), gsm8k, math500, aime24, aime25, polaris, hub id, file", "polaris")
     test_data: str = option("", "held-out problems (default: the test split of --data; a part, where it has one split)")
-    question_field: str = option("", "field of the data set that holds the question (default: found by name)")
-    answer_field: str = option("", "field of the data set that holds the answer (default: found by name)")
+    question_field: str = option("", "field that holds the question, in both data sets (default: found by name)")
+    answer_field: str = option("", "field that holds the answer, in both data sets (default: found by name)")
     operands: int = option(4, "numbers in a built-in chain problem")
-    template: str = option("{question}", "the prompt; {question} stands for the problem")
+    template: str = option("{question}", "the prompt; {question} stands for the problem, a line ends as in $'…\\n…'")
     method: str = option("erpd", "erpd; or, to compare, grpo (on-policy) or an explorer's loss by itself")
     run: str = option("", "name of the folder under runs/ that takes the results (default: METHOD-DATA-sSEED)")
     seed: int = option(0, "seeds the problems, the sampling and the training", zero=True)
@@ -70,7 +70,7 @@ class Config:
     group: int = option(16, "completions a problem, G", 16)
     max_new_tokens: int = option(64, "longest completion, tokens", 32768)
     temperature: float = option(1.0, "sampling temperature; every log-prob is taken at it")
-    rounds: int = option(4, "rounds; each starts from the last one's student, with new problems", 6)
+    rounds: int = option(4, "rounds; each starts from the last one's student, with new problems (grpo: one long)", 6)
     test_problems: int = option(128, "held-out problems of the evaluations")
     test_samples: int = option(4, "completions a held-out problem in the final table: k of avg@k and pass@k")
     curve_samples: int = option(1, "the same for the checkpoints on the way; 0 leaves them out", zero=True)
@@ -84,7 +84,7 @@ class Config:
     beta: float = option(1.0, "scale β of the sequence log-ratio in ce and mse")
     clip_low: float = option(0.2, "ε_low of the loss clip", zero=True)
     clip_high: float = option(0.28, "ε_high of the same", zero=True)
-    kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) term added to the loss of all three", zero=True)
+    kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) in the loss of these three", zero=True)
     unlearn_loss: str = option("mse", "the unlearned policy's loss, with reversed targets", "mse")
     unlearn_updates: int = option(32, "updates of the unlearned policy, in batches like the explorer's")
 
@@ -122,6 +122,8 @@ class Config:
             raise InputError(f"--loss {self.loss!r} is unknown: name some of {', '.join(LOSSES)}, as in sapo:1,nll:0.5")
         if len(self.teachers) == 1 and ":" in self.loss:
             raise InputError(f"--loss {self.loss!r}: weights are relative to one another, and one teacher needs none")
+        if len(self.teachers) > 1 and (self.signal == "unlearned" or not any(weight for _, weight in self.teachers)):
+            raise InputError(f"--loss {self.loss!r}: several teachers need a weight and a --signal other than unlearned")
         if self.group < 2:
             raise InputError(f"--group {self.group}: an advantage compares completions of one problem: give at least 2")
         if Path(self.run).name != self.run or self.run == "..":
@@ -184,11 +186,15 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
 
 
 def problems_of(config: Config) -> tuple[list[Problem], list[Problem]]:
-    """The problems of all rounds, and those held out. Raises InputError."""
+    """The problems of all rounds, and those held out. Raises InputError, also where these are not other problems."""
     sources = {"seed": config.seed, "operands": config.operands, "question_field": config.question_field,
                "answer_field": config.answer_field, "divide": config.test_data in ("", config.data)}
-    return (load_problems(config.data, "train", config.problems * config.rounds, **sources),
-            load_problems(config.test_data or config.data, "test", config.test_problems, **sources))
+    train = load_problems(config.data, "train", config.problems * config.rounds, **sources)
+    held_out = load_problems(config.test_data or config.data, "test", config.test_problems, **sources)
+    if shared := {p.question.strip() for p in train} & {p.question.strip() for p in held_out}:
+        raise InputError(f"{len(shared)} held-out problems are trained on, too, such as {min(shared)[:60]!r}: give other "
+                         "--test-data, or none, to have --data divided")
+    return train, held_out
 
 
 def ended(reason: Exception | str, status: int = 2, alone: bool = False) -> int:
@@ -201,6 +207,7 @@ def ended(reason: Exception | str, status: int = 2, alone: bool = False) -> int:
 if __name__ == "__main__":  # what is wrong is told before torch and transformers, which take seconds to import
     if os.environ.get("LOCAL_RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress; tqdm asks as it is imported
+    os_signal.signal(os_signal.SIGINT, lambda *_: os._exit(ended("stopped", 130)))  # until `main` takes over
     try:
         problems_of(read_arguments()[0])
     except (InputError, OSError) as error:
@@ -213,9 +220,9 @@ from tqdm import tqdm, trange  # noqa: E402
 
 import kl  # noqa: E402
 from figures.frontier import draw_frontier, ends, table  # noqa: E402
-from rollout import (Memory, Rollouts, added_up, autocast, collect, completion_stats, divergence,  # noqa: E402
-                     evaluate, gathered, join, load_policy, micro_batches, mini_batches, rank, ranks, save_policy,
-                     score, trainable)
+from rollout import (Memory, Rollouts, added_up, autocast, collect, completion_stats, completion_texts,  # noqa: E402
+                     divergence, evaluate, gathered, join, load_policy, micro_batches, mini_batches, rank, ranks,
+                     save_policy, score, trainable)
 
 
 # ----------------------------------------------------------------------------------------------------------- one update
@@ -320,8 +327,10 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
     """Stage 1: many off-policy updates on the fixed batch, from π_0 = `base`; returns the policy they end in.
 
     advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs, which are π_0's. `start` is a (model,
-    optimizer) to go on with instead.
+    optimizer) to go on with instead. For the unlearned policy give targets reversed: −Â, and rollouts with 1 − r.
     """
+    if advantage.shape != rollouts.rewards.shape:
+        raise ValueError(f"explore takes one advantage a completion, not {tuple(advantage.shape)}")
     model, optimizer = start or trainable(base, config.explore_lr, config.checkpointing)
 
     def objective(stats, part, advantage, tokens, completions):
@@ -391,7 +400,9 @@ def round_budget(rollouts: Rollouts, config: Config) -> float:
     """KL that the round may spend, nats a completion: as it was given, or `auto`, from the batch's own pass rates."""
     if config.kl_budget != "auto":
         return config.kl_budget
-    return kl.budget_from_limit(rollouts.rewards.view(-1, config.group).sum(1), config.group)
+    groups, problem = rollouts.groups.unique(return_inverse=True)
+    right = torch.zeros(len(groups)).index_add_(0, problem, rollouts.rewards)
+    return kl.budget_from_limit(right, len(rollouts) // len(groups))
 
 
 def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Config, *, seed: int = 0,
@@ -425,7 +436,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         value = kl.masked_mean(state["coefficient"] * stats.kl - surrogate, part.mask, tokens)
         # kl.on_policy_kl weighs completions against one another: it waits for those of all micro-batches.
         numbers = torch.stack([stats.kl.detach(), log_ratio.detach(), part.mask])
-        seen.append(F.pad(numbers, (0, signal.shape[1] - numbers.shape[2])))
+        seen.append(F.pad(numbers, (0, rollouts.log_probs.shape[1] - numbers.shape[2])))
         return value, {"entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}
 
     stage, count = "student on its way", config.distill_updates
@@ -486,9 +497,11 @@ def stored_batch(base, tokenizer, problems: Sequence[Problem], config: Config, s
     rollouts = Rollouts(**stored)
     advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
     if not advantage.any():
+        said, wanted = completion_texts(tokenizer, rollouts.select(torch.tensor([0])))[0], problems[0].answer
         raise NothingToLearn(
             f"no problem has both right and wrong completions ({rollouts.rewards.mean():.0%} are right): nothing to "
-            "learn. Choose easier or harder --data, or raise --group or --max-new-tokens")
+            f"learn. Choose easier or harder --data, or raise --group or --max-new-tokens. The first ends in "
+            f"{said[-60:]!r}, where {wanted[-60:]!r} is right")
     return rollouts, advantage
 
 
@@ -593,7 +606,7 @@ def run(config: Config, folder: Path) -> list[dict]:
             pass_k = min(samples, config.test_samples)
             numbers = evaluate(model, first, tokenizer, held_out, samples, seed=config.seed, desc=name, pass_k=pass_k,
                                tokens_per_step=config.tokens_per_step, **config.sampling)
-            rows.append({"policy": name, "round": round, **about, "pass_k": pass_k, **numbers})
+            rows.append({"policy": name, "round": round, **about, **numbers})
             memory.put("rows", rows)
             tqdm.write(table(rows[-1:], header=len(rows) == 1))
         if rank() == 0:
@@ -664,5 +677,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os_signal.signal(os_signal.SIGTERM, os_signal.default_int_handler)  # of a scheduler, or of torchrun: like Ctrl-C
+    for sent in os_signal.SIGINT, os_signal.SIGTERM:  # Ctrl-C, and what a scheduler or torchrun sends
+        os_signal.signal(sent, os_signal.default_int_handler)
     sys.exit(main())

@@ -85,7 +85,7 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
     splits = load_splits(source)
     whole = split == "all" or len(splits) == 1
     if not whole and split not in splits:
-        raise InputError(f"{source} has no split {split!r}: it has {', '.join(splits)}")
+        raise InputError(f"{source} has no split {split!r}: it has {', '.join(splits)}; --test-data takes another set")
     rows = [row for rows in splits.values() for row in rows] if whole else splits[split]
     problems = [(n, row_problem(row, f"{source}, problem {n}", question_field, answer_field))
                 for n, row in enumerate(rows, start=1)]
@@ -103,9 +103,9 @@ def load_problems(source: str, split: str, count: int | None = None, seed: int =
 
 def load_splits(source: str) -> dict[str, list[dict]]:
     """The splits of a data set, as it is published; a file is one."""
-    kind, (path, _, config) = Path(source).suffix[1:], SHORT_NAMES.get(source, source).partition(":")
-    if kind in ("jsonl", "parquet") and not Path(source).is_file():
-        raise InputError(f"no such file: {source}")
+    kind, (path, _, config) = Path(source).suffix[1:].lower(), SHORT_NAMES.get(source, source).partition(":")
+    if (there := Path(source).is_file()) != (kind in ("jsonl", "parquet")):
+        raise InputError(f"{source} is neither .jsonl nor .parquet" if there else f"no such file: {source}")
     if kind == "jsonl":
         return {"train": read_jsonl(source)}
     if kind != "parquet" and "/" not in path:
@@ -137,7 +137,7 @@ def row_problem(row: dict, where: str, question_field: str | None, answer_field:
     for part, named in (("question", question_field), ("answer", answer_field)):
         field = named or next((names[name] for name in FIELDS[part] if name in names), None)
         if field not in row:
-            raise InputError(f"{where}: no field {named or part!r}; it has {', '.join(row)} (name one: {part}_field)")
+            raise InputError(f"{where}: no field {named or part!r}; it has {', '.join(row)} (name one: --{part}-field)")
         values.append(row[field])
     question, answer = values
     if not isinstance(question, str) or not question.strip():

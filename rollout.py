@@ -43,6 +43,8 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
     def refused(reason: str) -> InputError:
         return InputError(f"--model {name!r} {reason}")
 
+    if not Path(name).is_dir() and (beside := Path(__file__).parent / name).is_dir():
+        name = str(beside)  # the embedded policies, from wherever the program is started
     try:
         # transformers would ask at the keyboard whether to run code that comes with a model.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -198,7 +200,7 @@ class Rollouts:
 
     @staticmethod
     def concatenate(parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
-        """One batch from several, padded to the widest."""
+        """One batch from several, padded to the widest. Groups keep their numbers: a round's own must be given."""
         width, longest = max(p.ids.shape[1] for p in parts), max(p.log_probs.shape[1] for p in parts)
         return Rollouts(ids=torch.cat([F.pad(p.ids, (0, width - p.ids.shape[1]), value=pad_id) for p in parts]),
                         log_probs=torch.cat([F.pad(p.log_probs, (0, longest - p.log_probs.shape[1])) for p in parts]),
@@ -235,7 +237,7 @@ def micro_batches(rollouts: Rollouts, tokens_per_step: int) -> list[Tensor]:
 def output_embedding(model) -> Tensor | None:
     """W [V, d] of a model whose logits are h Wᵀ, as it is asked once; None where they are biased, scaled or capped."""
     layer = model.get_output_embeddings()
-    if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:
+    if not isinstance(layer, torch.nn.Linear) or layer.bias is not None or model.base_model is model:
         return None
     if not hasattr(layer, "gives_logits"):
         ids = torch.tensor([[0, 1]], device=layer.weight.device)
@@ -465,14 +467,16 @@ def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: 
     accuracy: avg@k, the share of right completions, k = `samples`; pass: unbiased pass@k, k = `pass_k`, or `samples`
     where they are fewer; both with 95 % intervals by bootstrap over problems. kl, kl_token: exact KL(π‖π_0) in nats a
     completion and a token; entropy: nats a token; length: tokens a completion; pass_rates: accuracy on each problem.
+    `sampling` is what `collect` takes: Config.sampling has it.
     """
     rollouts = collect(model, tokenizer, problems, samples, temperature=temperature, desc=desc, **sampling)
     rewards = rollouts.rewards.view(len(problems), samples)
-    solved = pass_at_k(rewards, min(pass_k, samples))
+    solved = pass_at_k(rewards, pass_k := min(pass_k, samples))
     return {
         "pass_rates": [round(rate, 4) for rate in rewards.mean(1).tolist()],
         "accuracy": rewards.mean().item(), "accuracy_interval": list(bootstrap_interval(rewards.mean(1))),
-        "pass": solved.mean().item(), "pass_interval": list(bootstrap_interval(solved)), "samples": samples,
+        "pass": solved.mean().item(), "pass_interval": list(bootstrap_interval(solved)), "pass_k": pass_k,
+        "samples": samples,
         "length": rollouts.length.double().mean().item(),
         **divergence(model, reference, rollouts, temperature, tokens_per_step),
     }

@@ -23,7 +23,7 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 def table(rows: Sequence[dict], header: bool = True) -> str:
     """Policies as lines: accuracy with its 95 % interval over problems, KL to the first base; of a policy at the end of
     its stage also pass@k, of a student the KL that its round spent and might have spent."""
-    pass_at_k = f"pass@{rows[0].get('pass_k', 8)}"
+    pass_at_k = f"pass@{rows[0]['pass_k']}"
     lines = [f"{'round':5} {'policy':28} {'avg@k':>6}  {'95 % interval':15} {'k':>2} {pass_at_k:>6} "
              f"{'KL nats/completion':>18} {'of its budget':>13} {'entropy nats/token':>18}"] if header else []
     for row in rows:
@@ -90,7 +90,7 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
     """
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
-    looks = itertools.cycle(zip(COLOURS[1:], "vsDoPX^"))
+    looks = zip(itertools.cycle(COLOURS[1:]), itertools.cycle("vsDoPX^<"))  # 56, before one comes again
     for run, rows in runs.items():
         before = f"{run}: " if len(runs) > 1 else ""
         point(axes, rows[0], capsize=3, color="black", marker="*", markersize=10, label=before + "base")
@@ -103,11 +103,11 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
                 line(axes, ends_of_rounds, color=colour, linewidth=2.5)
                 for k, row in enumerate(ends_of_rounds[1:], 1):
                     axes.annotate(str(k), (row["kl"], row["accuracy"]), xytext=(-4, 9), textcoords="offset points")
-    bases = {tuple(rows[0]["pass_rates"]): rows[0]["samples"] for rows in runs.values()}  # each once
-    for rates, samples in bases.items():
+    bases = {tuple(rows[0]["pass_rates"]): (run, rows[0]["samples"]) for run, rows in runs.items()}  # each once
+    for rates, (run, samples) in bases.items():
         accuracy, least = kl.least_kl(kl.smoothed(torch.tensor(rates, dtype=torch.float64) * samples, samples))
         axes.plot(least, accuracy, color="black", linewidth=1, linestyle="--",
-                  label="the limit: least KL of any policy")
+                  label=f"{run}: " * (len(bases) > 1) + "the limit: least KL of any policy")
     kl_axis(axes, max(row["kl"] for rows in runs.values() for row in rows))
     axes.set(ylim=(-0.02, 1.03), ylabel="right completions, held out",
              title="Accuracy against the KL spent for it" + "; numbers: rounds" * bool(axes.texts))

@@ -14,7 +14,8 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, Lfm2Config, PhiConfig
 from transformers import (CohereForCausalLM, Gemma2ForCausalLM, GPT2LMHeadModel, GraniteForCausalLM, Lfm2ForCausalLM,
-                          PhiForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+                          Llama4ForCausalLM, Llama4TextConfig, PhiForCausalLM, PreTrainedTokenizerFast, Qwen3Config,
+                          Qwen3ForCausalLM)
 
 from rewards import chain_problems
 from rollout import collect, load_policy
@@ -55,6 +56,9 @@ KINDS = {
     "cohere": (CohereForCausalLM, CohereConfig, {**LAYERS, "logit_scale": 0.3}),
     "granite": (GraniteForCausalLM, GraniteConfig, {**LAYERS, "logits_scaling": 4.0}),
     "phi": (PhiForCausalLM, PhiConfig, LAYERS),
+    # experts; its base model is itself
+    "llama4": (Llama4ForCausalLM, Llama4TextConfig, {**LAYERS, "head_dim": 4, "intermediate_size_mlp": 32,
+                                                     "num_local_experts": 2}),
     "lfm2": (Lfm2ForCausalLM, Lfm2Config, {**LAYERS, "layer_types": ["conv", "full_attention"]}),
 }
 

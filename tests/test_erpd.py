@@ -244,6 +244,27 @@ def test_the_baseline_is_that_of_least_variance():
     assert sure < -1.9  # near its mistake's: what is right is pushed up
 
 
+def test_a_signal_that_a_completion_shares_is_the_same_signal(stage, monkeypatch):
+    """Mistakes: λ that follows the first tokens' KL alone, where δ_t is [B, 1]; Â [B, 1] taken for one of [B]."""
+    base, _, _, rollouts = stage
+    spent, ascent = [], kl.dual_ascent
+    monkeypatch.setattr(kl, "dual_ascent", lambda m, now, *a, **k: spent.append(now) or ascent(m, now, *a, **k))
+    advantage = group_advantages(rollouts.rewards, rollouts.groups)[:, None]
+    for signal in (advantage, advantage * rollouts.mask):
+        erpd.distill(base, rollouts, signal, 0.5, Config(**SMALL | {"distill_updates": 4}))
+    assert spent[:4] == pytest.approx(spent[4:], rel=0.3) and spent[3] > 0
+    with pytest.raises(ValueError, match="one advantage a completion"):
+        erpd.explore(base, rollouts, advantage, Config(**SMALL), loss="sapo", updates=1)
+
+
+def test_the_rounds_budget_is_the_batchs(stage):
+    """Mistake: pass rates read by the settings' group, or by the order of rows."""
+    *_, rollouts = stage
+    right = rollouts.rewards.view(8, 8).sum(1)
+    for batch in (rollouts, rollouts.select(torch.randperm(64))):
+        assert erpd.round_budget(batch, Config(group=16)) == pytest.approx(kl.budget_from_limit(right, 8))
+
+
 def test_student_stays_within_its_budget_on_its_own_samples(stage):
     """KL on the stored batch flatters: the budget is kept on fresh samples of the student."""
     base, tokenizer, problems, rollouts = stage

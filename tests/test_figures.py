@@ -39,15 +39,15 @@ def run(*arguments, folder: Path):
 
 def test_several_runs_go_into_one_picture(tmp_path):
     """Mistake: a command that works only from within erpd.py, or a traceback for a folder that is no run."""
-    for name in "ab":
-        (tmp_path / name).mkdir()
+    for name in ("a/run", "b/run", "b"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    drawn = run("a", "b", "--out", "both.png", folder=tmp_path)
+    drawn = run("a/run", "b/run", "--out", "both.png", folder=tmp_path)
     assert drawn.returncode == 0 and drawn.stdout.count("ERPD student") == 2
     assert (tmp_path / "both.png").stat().st_size > 10_000
     (tmp_path / "b" / "metrics.jsonl").write_text("")
     for wrong in ("c", "b"):
-        refused = run("a", wrong, folder=tmp_path)
+        refused = run("a/run", wrong, folder=tmp_path)
         assert refused.returncode == 2 and refused.stderr.strip().splitlines()[-1].startswith(f"frontier.py: {wrong} ")
         assert "Traceback" not in refused.stderr
 

@@ -35,7 +35,9 @@ EARLY += [
     (dict(problems=0), "--problems 0"), (dict(problems=2.5), "2.5"), (dict(seed=2**31), "--seed"),
     (dict(group=1), "--group 1"), (dict(temperature=0), "--temperature"), (dict(explore_lr=0), "--explore-lr"),
     (dict(loss="sappo"), "sappo"), (dict(loss="sapo:0.5"), "sapo:0.5"), (dict(loss="mse:1,nll:much"), "mse:1,nll:much"),
-    (dict(loss=""), "--loss ''"), (dict(unlearn_loss="sappo"), "sappo"), (dict(signal="loud"), "loud"),
+    (dict(loss=""), "--loss ''"), (dict(loss="sapo:0,nll:0"), "need a weight"),
+    (dict(loss="sapo,nll", signal="unlearned"), "other than unlearned"), (dict(unlearn_loss="sappo"), "sappo"),
+    (dict(signal="loud"), "loud"),
     (dict(method="magic"), "magic"), (dict(advantage="max"), "max"), (dict(precision="fp8"), "fp8"),
     (dict(template="no place"), "no place"), (dict(no_such_option=1), "--no-such-option"),
     (dict(run="taken"), "--resume runs/taken"), (dict(run="../out"), "../out"), (dict(run="a/b"), "a/b"),
@@ -47,7 +49,8 @@ EARLY += [
     (dict(test_data="missing.jsonl"), "missing.jsonl"), (dict(data="folder.jsonl"), "folder.jsonl"),
     (dict(data="cut.jsonl"), "cut.jsonl, line 731"), (dict(data="unsaid.jsonl"), "cannot read the gold"),
     (dict(data="good.jsonl", question_field="riddle"), "riddle"),
-    (dict(data="good.jsonl", problems=200), "200 problems"),
+    (dict(data="good.jsonl", problems=200), "200 problems"), (dict(data="arr.json"), "neither .jsonl nor .parquet"),
+    (dict(data="good.jsonl", test_data="./good.jsonl"), "trained on, too"),
 ]  # what else is wrong with a file: test_rewards.py, MISTAKES
 
 
@@ -60,6 +63,7 @@ def there(tmp_path_factory):
     files = {"good": good, "unsaid": unsaid, "cut": (good * 8)[:730] + ['{"question": "1+']}
     for name, lines in files.items():
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    (folder / "arr.json").write_text("[]")
     for name in ("runs/taken", "folder", "folder.jsonl"):
         (folder / name).mkdir(parents=True)
     return folder
@@ -88,6 +92,17 @@ for given in json.load(sys.stdin):
         assert named in said and seconds < 1 and not torch_too, (settings, said, seconds)
 
 
+def test_an_interruption_before_the_imports_is_one_line_too(tmp_path):
+    script = f"""
+import os, rewards, runpy, signal, sys, time
+rewards.load_problems = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9))
+sys.argv = ["erpd.py"]
+runpy.run_path({str(HERE / "erpd.py")!r}, run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert (done.returncode, done.stderr) == (130, "erpd.py: stopped\n")
+
+
 # ------------------------------------------------------------------------------------------------ told by the model
 
 def no_end(model, tokenizer):
@@ -112,7 +127,7 @@ LATE = {
 }
 SETTINGS = [(dict(model="no/such-model"), "can load"), (dict(device="cuda:99"), "cuda:99"),
             (dict(max_new_tokens=600), "context"), (dict(data="long.jsonl", test_data="chain"), "context of"),
-            (dict(data="hard.jsonl", test_problems=1), "nothing to learn"),
+            (dict(data="hard.jsonl", test_problems=1), "' is right"),
             (dict(data="nobody/nothing"), "nobody/nothing"), (dict(data="broken.parquet"), "broken.parquet"),
             (dict(resume="runs/damaged"), "no run of this version"), (dict(resume="runs/other"), "other settings")]
 
