@@ -50,7 +50,7 @@ def exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     No noise from the choice of the next token: only the prefixes are sampled. It is what every figure shows. (F.kl_div
     takes its arguments the other way round.)
     """
-    return (log_p.exp() * log_ratio_of(log_p, log_q)).sum(-1)
+    return log_ratio_of(log_p, log_q).mul_(log_p.exp()).sum(-1)
 
 
 def log_ratio_of(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ def token_stats(hidden: Tensor, weight: Tensor | None, ids: Tensor, temperature:
                 chunk: int | None = None) -> TokenStats:
     """TokenStats of the tokens `ids` [N] from the hidden states [N, d] before them; `reference`: its states and weight.
 
-    Equal to the definitions above, in value and gradient (tests/test_kl.py), with up to five arrays of about `chunk`
+    Equal to the definitions above, in value and gradient (tests/test_kl.py), with up to four arrays of about `chunk`
     logits in memory at a time.
     """
     vocabulary = hidden.shape[1] if weight is None else len(weight)
