@@ -122,7 +122,7 @@ def frontier(figure: Figure, stages: Stages) -> str:
 
 
 def weak_teachers(figure: Figure, stages: Stages) -> str:
-    """Students at one budget beside their teachers, the weakest first; where there are several, they have no accuracy."""
+    """Students at one budget beside their teachers, the weakest first; several teachers have no accuracy together."""
     figure.set_size_inches(7.5 * len(stages), 5)
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
     for axes, (title, outcomes) in zip(panels, stages.items()):

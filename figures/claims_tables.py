@@ -12,7 +12,8 @@ NAMES = {"base": "base", "unlearned": "unlearned policy", "erpd": f"{STUDENT}, c
          "clip": "clipped reuse", "clip + KL 0.2": "clipped reuse, KL penalty 0.2",
          "clip + KL 1": "clipped reuse, KL penalty 1", "sapo": "SAPO", "sapo + KL 0.2": "SAPO, KL penalty 0.2",
          "ce": "CE", "mse": "MSE", "nll": "imitation",
-         "grpo": "on-policy GRPO, as many rollouts", "grpo 8×": "on-policy GRPO, 8,192 rollouts (8×)",
+         "grpo": "on-policy GRPO, as many rollouts", "grpo 4×": "on-policy GRPO, 384 rollouts (4×)",
+         "grpo 8×": "on-policy GRPO, 8,192 rollouts (8×)",
          "temperature": "the base, colder or hotter", "weights: sapo": "SAPO, weights moved back",
          "weights: mse": "MSE, weights moved back", "weights: nll": "imitation, weights moved back",
          "logits: nll": "imitation, logits moved back"}
@@ -130,7 +131,7 @@ def cells(found: dict[str, list[Outcome]]) -> None:
 
 
 def policies(seeds: list[Outcome]) -> None:
-    """Every policy of a stage with few of them: right, KL, KL efficiency; by update, share of the way, round, or alone."""
+    """Every policy of a stage with few of them: right, KL, KL efficiency; by update, share of the way, or round."""
     def cell(o: Outcome, method: str, at: float | None) -> str:
         for row in o.of(method, **({} if at is None else {"at": at})):
             worth = f", {o.worth(row):.2f}" if row["accuracy"] > o.base else ""

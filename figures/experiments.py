@@ -42,6 +42,7 @@ class Stage:
     batches: int = 8  # as many stored batches' problems are drawn: for methods that take new ones
     all_weights: bool = True  # of checkpoints are kept; False: the best one's
     shares: tuple[float, ...] = ()  # of the gap, for rounds with other budgets
+    grpo: tuple[int, ...] = (8, 1)  # rollouts of on-policy GRPO, in stored batches
     only: tuple[str, ...] = ()  # the jobs to run; none: all
 
 
@@ -201,7 +202,7 @@ class Bench:
         """On-policy GRPO with `times` the stored batch's rollouts, measured from a quarter of them on."""
         config, problems = replace(self.config, explore_lr=lr), self.problems[:self.config.problems * times]
         steps = -(-len(problems) // max(1, config.explore_batch // config.group))
-        method = "grpo" if times == 1 else f"grpo {times}×"
+        method = f"grpo {times}×" if times > 1 else "grpo"
 
         def watch(_, model, update: int) -> None:
             if update >= steps // 4:
@@ -327,7 +328,8 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
              "weights: sapo": partial(bench.steps_back, "sapo", "weights")}
     # With a floor under λ the control spends less of its budget, and is weaker.
     plan["control"] = partial(bench.ladder, "control", "control", stage.budgets[1:3], lambda_floor=0.0)
-    for times, name in (8, "grpo 8×"), (1, "grpo"):
+    for times in stage.grpo:
+        name = f"grpo {times}×" if times > 1 else "grpo"
         plan |= {f"{name} {lr:g}": partial(bench.grpo, lr, times) for lr in stage.rates}
     plan |= {"rounds": partial(bench.rounds, "erpd rounds"),
              "unlearned rounds": partial(bench.rounds, "unlearned rounds", signal="unlearned"),
