@@ -123,7 +123,7 @@ class Config:
         if len(self.teachers) == 1 and ":" in self.loss:
             raise InputError(f"--loss {self.loss!r}: weights are relative to one another, and one teacher needs none")
         if len(self.teachers) > 1 and (self.signal == "unlearned" or not any(weight for _, weight in self.teachers)):
-            raise InputError(f"--loss {self.loss!r}: several teachers need a weight and a --signal other than unlearned")
+            raise InputError(f"--loss {self.loss!r}: several teachers need a weight and another --signal than unlearned")
         if self.group < 2:
             raise InputError(f"--group {self.group}: an advantage compares completions of one problem: give at least 2")
         if Path(self.run).name != self.run or self.run == "..":
@@ -192,8 +192,8 @@ def problems_of(config: Config) -> tuple[list[Problem], list[Problem]]:
     train = load_problems(config.data, "train", config.problems * config.rounds, **sources)
     held_out = load_problems(config.test_data or config.data, "test", config.test_problems, **sources)
     if shared := {p.question.strip() for p in train} & {p.question.strip() for p in held_out}:
-        raise InputError(f"{len(shared)} held-out problems are trained on, too, such as {min(shared)[:60]!r}: give other "
-                         "--test-data, or none, to have --data divided")
+        raise InputError(f"{len(shared)} held-out problems are trained on, too, such as {min(shared)[:60]!r}: give "
+                         "other --test-data, or none, to have --data divided")
     return train, held_out
 
 

@@ -36,7 +36,7 @@ EARLY += [
     (dict(group=1), "--group 1"), (dict(temperature=0), "--temperature"), (dict(explore_lr=0), "--explore-lr"),
     (dict(loss="sappo"), "sappo"), (dict(loss="sapo:0.5"), "sapo:0.5"), (dict(loss="mse:1,nll:much"), "mse:1,nll:much"),
     (dict(loss=""), "--loss ''"), (dict(loss="sapo:0,nll:0"), "need a weight"),
-    (dict(loss="sapo,nll", signal="unlearned"), "other than unlearned"), (dict(unlearn_loss="sappo"), "sappo"),
+    (dict(loss="sapo,nll", signal="unlearned"), "than unlearned"), (dict(unlearn_loss="sappo"), "sappo"),
     (dict(signal="loud"), "loud"),
     (dict(method="magic"), "magic"), (dict(advantage="max"), "max"), (dict(precision="fp8"), "fp8"),
     (dict(template="no place"), "no place"), (dict(no_such_option=1), "--no-such-option"),
