@@ -123,7 +123,7 @@ class Config:
         if len(self.teachers) == 1 and ":" in self.loss:
             raise InputError(f"--loss {self.loss!r}: weights are relative to one another, and one teacher needs none")
         if len(self.teachers) > 1 and (self.signal == "unlearned" or not any(weight for _, weight in self.teachers)):
-            raise InputError(f"--loss {self.loss!r}: several teachers need a weight and another --signal than unlearned")
+            raise InputError(f"--loss {self.loss!r}: several teachers need weights and another --signal than unlearned")
         if self.group < 2:
             raise InputError(f"--group {self.group}: an advantage compares completions of one problem: give at least 2")
         if Path(self.run).name != self.run or self.run == "..":

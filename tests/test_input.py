@@ -35,7 +35,7 @@ EARLY += [
     (dict(problems=0), "--problems 0"), (dict(problems=2.5), "2.5"), (dict(seed=2**31), "--seed"),
     (dict(group=1), "--group 1"), (dict(temperature=0), "--temperature"), (dict(explore_lr=0), "--explore-lr"),
     (dict(loss="sappo"), "sappo"), (dict(loss="sapo:0.5"), "sapo:0.5"), (dict(loss="mse:1,nll:much"), "mse:1,nll:much"),
-    (dict(loss=""), "--loss ''"), (dict(loss="sapo:0,nll:0"), "need a weight"),
+    (dict(loss=""), "--loss ''"), (dict(loss="sapo:0,nll:0"), "need weights"),
     (dict(loss="sapo,nll", signal="unlearned"), "than unlearned"), (dict(unlearn_loss="sappo"), "sappo"),
     (dict(signal="loud"), "loud"),
     (dict(method="magic"), "magic"), (dict(advantage="max"), "max"), (dict(precision="fp8"), "fp8"),
