@@ -200,7 +200,7 @@ class Rollouts:
 
     @staticmethod
     def concatenate(parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
-        """One batch from several, padded to the widest. Groups keep their numbers: a round's own must be given."""
+        """One batch from several, padded to the widest. A group is what has one number, also in two of them."""
         width, longest = max(p.ids.shape[1] for p in parts), max(p.log_probs.shape[1] for p in parts)
         return Rollouts(ids=torch.cat([F.pad(p.ids, (0, width - p.ids.shape[1]), value=pad_id) for p in parts]),
                         log_probs=torch.cat([F.pad(p.log_probs, (0, longest - p.log_probs.shape[1])) for p in parts]),
@@ -373,7 +373,7 @@ def prefill(model, prompts: Sequence[Sequence[int]], total: int, steps: int, pad
     prompt_of = torch.arange(total, device=model.device) // (total // len(prompts))
     layers = output.past_key_values.layers
     for k, layer in enumerate(layers):
-        if type(layer) is DynamicLayer:
+        if type(layer) is DynamicLayer:  # no sliding window and no state
             layers[k] = GrowingLayer()
             layers[k].update(layer.keys, layer.values)
     output.past_key_values.reorder_cache(prompt_of)
@@ -476,8 +476,7 @@ def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: 
         "pass_rates": [round(rate, 4) for rate in rewards.mean(1).tolist()],
         "accuracy": rewards.mean().item(), "accuracy_interval": list(bootstrap_interval(rewards.mean(1))),
         "pass": solved.mean().item(), "pass_interval": list(bootstrap_interval(solved)), "pass_k": pass_k,
-        "samples": samples,
-        "length": rollouts.length.double().mean().item(),
+        "samples": samples, "length": rollouts.length.double().mean().item(),
         **divergence(model, reference, rollouts, temperature, tokens_per_step),
     }
 
