@@ -5,9 +5,11 @@ import json
 import math
 import weakref
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
@@ -127,6 +129,17 @@ def test_student_is_the_mean_of_its_weights_over_the_second_half(stage, monkeypa
     student = erpd.distill(base, rollouts, signal, 1.0, config)
     assert (after[1] - after[3]).abs().max() > 1e-4 and rates == pytest.approx([1e-3, 0.875e-3, 0.75e-3, 0.625e-3])
     torch.testing.assert_close(weights(student), (after[2] + after[3]) / 2)
+
+
+def test_the_progress_bars_show_the_updates_figures(stage, monkeypatch, capsys):
+    """Mistake: a bar that counts, and says nothing of loss, KL, entropy and λ."""
+    base, _, _, rollouts = stage
+    monkeypatch.setattr(erpd, "tqdm", partial(tqdm, mininterval=0))
+    explored(base, rollouts, Config(**SMALL), loss="sapo", updates=2)
+    erpd.distill(base, rollouts, rollouts.mask, 1.0, Config(**SMALL))
+    explorer, distiller = capsys.readouterr().err.split("student on its way", 1)
+    assert all(name in explorer and name in distiller for name in ("loss=", "kl=", "entropy="))
+    assert "lambda=" in distiller
 
 
 def test_checkpointing_changes_no_update(stage):
