@@ -131,7 +131,7 @@ def test_student_is_the_mean_of_its_weights_over_the_second_half(stage, monkeypa
     torch.testing.assert_close(weights(student), (after[2] + after[3]) / 2)
 
 
-def test_the_progress_bars_show_the_updates_figures(stage, monkeypatch, capsys):
+def test_the_progress_bars_show_what_one_wants_to_watch(stage, monkeypatch, capsys):
     """Mistake: a bar that counts, and says nothing of loss, KL, entropy and λ."""
     base, _, _, rollouts = stage
     monkeypatch.setattr(erpd, "tqdm", partial(tqdm, mininterval=0))
