@@ -36,6 +36,11 @@ def test_the_embedded_policy_has_a_habit_that_no_temperature_cures(device):
     assert right[0.01] < right[0.3] < right[0.7] < right[1.0]
 
 
+def test_the_embedded_policy_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(weights(load_policy(Config().model)[0]), weights(load_policy(TINY)[0]))
+
+
 # ----------------------------------------------------------------------------------------------------------- the losses
 
 def test_sequence_losses_by_hand():
