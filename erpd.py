@@ -587,9 +587,9 @@ def run(config: Config, folder: Path) -> list[dict]:
     """
     settings = asdict(config)
     memory = Memory(folder, json.dumps({name: value for name, value in settings.items() if name not in MEMORY}))
-    rows, done = memory.get("rows"), memory.get("policy") or {"round": 0, "rows": []}
+    rows, done = memory.get("rows"), memory.get("policy") or {"round": 0}
     if rows is None:  # this is the beginning, or they are damaged: then those of the last round are measured again
-        rows = done["rows"]
+        rows = sum((memory.inside(f"round-{k + 1}").get("rows") or [] for k in range(done["round"])), [])
         memory.inside(f"round-{done['round'] + 1}").keep("rollouts")
     problems, held_out = problems_of(config)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -627,7 +627,8 @@ def run(config: Config, folder: Path) -> list[dict]:
                 if config.method != "erpd":
                     watch(k, config.method, policy)
                 here.keep("rollouts", "signal")
-                memory.put("policy", {"round": k, "weights": policy.state_dict(), "rows": rows})
+                here.put("rows", [row for row in rows if row["round"] == k])
+                memory.put("policy", {"round": k, "weights": policy.state_dict()})
     except NothingToLearn as reason:
         if policy is first:
             raise

@@ -164,8 +164,9 @@ def test_checkpointing_changes_no_update(stage):
     layer = weakref.ref(again.model.layers[0])
     gc.disable()
     del again
-    assert layer() is None
+    freed = layer() is None
     gc.enable()
+    assert freed
 
 
 def test_explorer_raises_right_completions_and_the_unlearned_policy_wrong_ones(stage):
@@ -270,7 +271,7 @@ def test_a_signal_that_a_completion_shares_is_the_same_signal(stage, monkeypatch
     advantage = group_advantages(rollouts.rewards, rollouts.groups)[:, None]
     for signal in (advantage, advantage * rollouts.mask):
         erpd.distill(base, rollouts, signal, 0.5, Config(**SMALL | {"distill_updates": 4}))
-    assert spent[:4] == pytest.approx(spent[4:], rel=0.3) and spent[3] > 0
+    assert spent[:4] == pytest.approx(spent[4:], rel=1e-3) and spent[3] > 0
     with pytest.raises(ValueError, match="one advantage a completion"):
         erpd.explore(base, rollouts, advantage, Config(**SMALL), loss="sapo", updates=1)
 

@@ -272,8 +272,7 @@ def test_rounds_leave_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(erpd, "one_round", measured)
     count = int(os.environ.get("ROUNDS", 8))
     assert erpd.main(arguments(run="soak", rounds=count, kl_budget=0.05, curve_samples=0)) == 0
-    assert len(disk) >= 6 and disk[-1] <= disk[2] + 0.002 * len(disk)  # MB; a round's rows, beside the policy
-    assert memory[-1] <= 1.1 * memory[2]
+    assert len(disk) >= 6 and disk[-1] <= 1.02 * disk[2] and memory[-1] <= 1.1 * memory[2]
     took = [after - before for before, after in zip(began, began[1:])]
     print(f"{len(disk)} rounds. MB of memory after round 3 and at the end: {memory[2]:.1f}, {memory[-1]:.1f}; on disk "
           f"{disk[2]:.2f}, {disk[-1]:.2f}. Seconds a round: {statistics.median(took[2:12]):.2f}, of the last ten "
