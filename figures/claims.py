@@ -2,7 +2,7 @@
 
     python figures/claims.py                  # runs what is missing, draws all, prints figures/README.md's tables
     python figures/claims.py --only           # draws and judges what is there
-    python figures/claims.py --fresh          # runs both on five more seeds, which no choice has seen; C8's on ten more
+    python figures/claims.py --fresh          # runs both on five more seeds, where nothing was chosen; C8's on ten more
     python figures/claims.py --quick          # every job of one seed at a tenth of the size; keeps nothing
     python figures/claims.py --model FOLDER   # with SmolLM2-135M-Instruct's small frontier
 
