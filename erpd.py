@@ -299,11 +299,11 @@ def explorer_loss(name: str, log_prob: Tensor, part: Rollouts, advantage: Tensor
 
     log_prob is log π_θ(y_t|s_t) [B, T], advantage Â [B, 1]; ρ_t = π_θ/π_0 and R = β Σ_t log ρ_t.
 
-        sapo   −mean_t f(ρ_t)·Â                              kl.soft_gate_surrogate
-        clip   −mean_t min(ρ_t·Â, clip(ρ_t)·Â)               kl.clipped_surrogate
-        ce     −[r·log σ(R) + (1 − r)·log σ(−R)]             the implicit reward as a classifier (2412.01981)
-        mse    (R − Â)²                                      regression on the log-ratio (REBEL, 2404.16767)
-        nll    −mean_t r·log π_θ                             cross-entropy on the right completions
+        sapo   −mean_t f(ρ_t)·Â                        kl.soft_gate_surrogate
+        clip   −mean_t min(ρ_t·Â, clip(ρ_t)·Â)         kl.clipped_surrogate
+        ce     −[r·log σ(R) + (1 − r)·log σ(−R)]       the implicit reward as a classifier (2412.01981)
+        mse    (R − Â)²                                regression on the log-ratio (REBEL without its pairs, 2404.16767)
+        nll    −mean_t r·log π_θ                       cross-entropy on the right completions
     """
     log_ratio = log_prob - part.log_probs
     if name == "sapo":
@@ -360,9 +360,9 @@ def token_signal(kind: str, log_base: Tensor, log_teacher: Tensor | None, log_un
         contrast   log π_T − log π_U     drift that both have in common cancels
         unlearned  log π_0 − log π_U     a policy that got worse teaches alone
 
-    By Bayes π_0(y_t|s_t, right)/π_0(y_t|s_t) = P(right|s_t, y_t)/P(right|s_t): a teacher that learnt the right
-    completions gives increments of log P(right), one that learnt the wrong ones increments of −log P(wrong), their
-    contrast increments of the log-odds. They add up to the completion's outcome: credit assignment without a critic.
+    By Bayes π_0(y_t|s_t, right)/π_0(y_t|s_t) = P(right|s_t, y_t)/P(right|s_t): a teacher that became π_0 given right
+    gives increments of log P(right), one that became π_0 given wrong increments of −log P(wrong), their contrast
+    increments of the log-odds. Their sum has the sign of the outcome: credit assignment without a critic.
     """
     better, worse = {"teacher": (log_teacher, log_base), "contrast": (log_teacher, log_unlearned),
                      "unlearned": (log_base, log_unlearned)}.get(kind, (None, None))
@@ -383,12 +383,12 @@ def normalised(signal: Tensor, mask: Tensor, bound: float = math.inf) -> Tensor:
 
 
 def least_variance_baseline(advantage: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
-    """b [] = Σ w_t·A_t / Σ w_t, w_t = (1 − π_0(y_t|s_t))²: the baseline of least variance (Greensmith et al., 2004).
+    """b [] = Σ w_t·A_t / Σ w_t, w_t = (1 − π_0(y_t|s_t))²: near the baseline of least variance (Greensmith, 2004).
 
-    No constant changes what A_t − b teaches on average, since E_{y~π}[∇log π] = 0, but it does change the noise; w_t is
-    the squared gradient of log π_0(y_t|s_t) in that token's own logit. Where π_0 is unsure, b is near 0. Where it is
-    nearly always right, the tokens with any weight are its mistakes, so that b is near their A, and a right token has
-    A_t − b > 0 at every state, not only where a mistake happened to be sampled.
+    No constant changes what A_t − b teaches on average, since E_{y~π}[∇log π] = 0, but it does change the noise; w_t
+    stands for |∇log π_0(y_t|s_t)|², which in the logits is 1 to 2 times that. While π_0 is unsure, b is small. When it
+    is nearly always right, the tokens with any weight are its mistakes, so that b is near their A, and a right token
+    has A_t − b > 0 at every state, not only where a mistake happened to be sampled.
     """
     weight = (1 - log_probs.exp()).square()
     return kl.masked_mean(weight * advantage, mask) / kl.masked_mean(weight, mask).clamp(min=1e-8)
@@ -411,13 +411,13 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 
         maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ) − b
 
-    KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ begins at 1/√budget, as the slope of what
-    is gained, which grows like √KL, and follows by dual ascent: it rises while the KL on the policy's own prefixes,
-    estimated from the stored ones (kl.on_policy_kl), is above the budget, and falls below. A budget of a nat or more
-    may be more than is of use, and is a bound, no goal: there the multiplier falls to `lambda_floor` of its start at
-    most. The outcome Â is not mixed in: what the student learns, it has from δ_t alone.
+    KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ begins at 1/√budget, in proportion to the
+    slope of what is gained, which grows like √KL, and follows by dual ascent: its multiplier rises while the KL on the
+    policy's own prefixes, estimated from the stored ones (kl.on_policy_kl), is above the budget, and falls below. A
+    budget of a nat or more may be more than is of use, and is a bound, no goal: there the multiplier falls to
+    `lambda_floor` of its start at most. The outcome Â is not mixed in: what the student learns, it has from δ_t alone.
 
-    What single updates add is noise, and noise costs KL. So b is the baseline of least variance; below a nat the
+    What single updates add is noise, and noise costs KL. So b is a baseline of little variance; below a nat the
     learning rate goes like √budget, as the distance that may be gone; and the student is the mean of its weights over
     the second half of the updates (Polyak and Ruppert), while the rate falls to half.
     """
@@ -431,7 +431,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     def objective(stats, part, advantage, tokens, completions):
         log_ratio = stats.log_prob - part.log_probs
         # A wanted token is pushed up to ρ = 1 + ε: from 5 % to 55 %, where ε = 1 would stop at 10 %. For an unwanted
-        # one the clip never closes where ε ≥ 1, since ρ > 0: there KL alone restrains.
+        # one the clip never closes where ε ≥ 1, since ρ > 0: KL alone restrains a push that fades as ρ falls.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
         value = kl.masked_mean(state["coefficient"] * stats.kl - surrogate, part.mask, tokens)
         # kl.on_policy_kl weighs completions against one another: it waits for those of all micro-batches.
@@ -559,6 +559,7 @@ def direct(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed
 def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: int = 0, watch: Callable = unwatched,
          memory: Memory = Memory()):
     """On-policy GRPO (2402.03300): `explore` with the clip loss, on fresh samples at every update; nothing is stored.
+    Here the mean is over an update's tokens, not by completion, and there is no KL term unless --kl-coef asks for one.
 
     It sees every problem once, like a run of ERPD, so that both spend as many rollouts. With one update a sample every
     ρ_t is 1: the clip has nothing to do, and this is the policy gradient with group advantages.

@@ -48,7 +48,8 @@ def exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p‖q) over the whole vocabulary, nats [...], from log-probs [..., V] of both.
 
     No noise from the choice of the next token: only the prefixes are sampled. It is what every figure shows. (F.kl_div
-    takes its arguments the other way round.)
+    takes its arguments the other way round.) Of logits in bf16 it is that of the rounded policies, which are sampled:
+    rounding alone adds some 1e-4 nats a token.
     """
     return log_ratio_of(log_p, log_q).mul_(log_p.exp()).sum(-1)
 
@@ -76,22 +77,21 @@ def k3(log_prob: Tensor, reference: Tensor) -> Tensor:
 
 def k3_off_policy(log_ratio: Tensor) -> Tensor:
     """ρ·log ρ − (ρ − 1), log ρ = log π_θ − log π_0: unbiased for a token's KL(π_θ‖π_0) when π_0 sampled it, ≥ 0."""
-    ratio = log_ratio.exp()
-    return ratio * log_ratio - (ratio - 1)
+    return log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
 
 
 def on_policy_kl(kl: Tensor, log_ratio: Tensor, mask: Tensor, max_weight: float = 10.0) -> Tensor:
     """KL(π_θ‖π_0) in nats a completion [], estimated on completions that π_0 sampled.
 
     KL(π_θ‖π_0) = Σ_t E_{y_<t ~ π_θ}[KL_t] = Σ_t E_{y_<t ~ π_0}[(Π_{u<t} ρ_u)·KL_t], with the weights normalised at
-    each position and bounded. Without the weights it would be the KL on the *reference's* prefixes, another number and
-    usually the wrong one: a policy that avoids its reference's errors visits other prefixes.
+    each position and bounded, so that far away it reads low. Without the weights it would be the KL on the
+    *reference's* prefixes, another number and usually the wrong one: a policy that avoids its errors visits others.
 
     kl, log_ratio and mask are [B, T]: exact KL at each stored prefix, log ρ_t of the chosen token, completion mask.
     """
     before = ((log_ratio * mask).cumsum(-1) - log_ratio * mask).detach()  # log Π_{u<t} ρ_u
     # The softmax over the rows is each weight over the sum of all, with no underflow. Rows that have ended stay in that
-    # sum: π_0 samples them as often as the others, and their KL at later positions is zero.
+    # sum, since only over all rows that π_0 sampled is the weights' mean 1; their KL at later positions is zero.
     weight = before.clamp(max=math.log(max_weight)).softmax(0)
     return (weight * kl * mask).sum()
 
@@ -144,8 +144,8 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float)
 def soft_gate_surrogate(ratio: Tensor, advantage: Tensor, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
     """f(ρ)·A with f(ρ) = (4/τ)·σ(τ(ρ − 1)) (SAPO, 2511.20347); τ = tau_pos where A > 0, else tau_neg.
 
-    f′(1) = 1, as for ρ·A; away from 1 the gate closes smoothly and never quite: it is the weak constraint that lets
-    the explorer drift.
+    f′(1) = 1, as for ρ·A; above 1 the gate closes smoothly and never quite, below hardly (f′(0) = 0.79): it is the weak
+    constraint that lets the explorer drift.
     """
     tau = torch.where(advantage > 0, tau_pos, tau_neg)
     return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
@@ -161,7 +161,7 @@ def dual_ascent(multiplier: float, kl: float, budget: float, rate: float = 0.05,
 
     The multiplier, from `least` or 1/bound to `bound`, integrates what is over- or underspent. It answers late, since
     the policy takes many updates to follow, and alone it swings; the second factor answers at once and damps that (a PI
-    controller on the Lagrangian, as in 2007.03964).
+    controller on the Lagrangian, 2007.03964, here in log λ).
     """
     overspent = min(max(kl / budget - 1, -1.0), 1.0)
     multiplier = min(max(multiplier * math.exp(rate * overspent), least, 1 / bound), bound)
@@ -169,7 +169,7 @@ def dual_ascent(multiplier: float, kl: float, budget: float, rate: float = 0.05,
 
 
 def largest_step_within(measure: Callable[[float], float], budget: float, trials: int = 6) -> tuple[float, float]:
-    """The largest step α ∈ (0, 1] along π_0 → π_θ whose measured KL keeps to the budget, and that KL: (α, KL(α)).
+    """A large step α ∈ (0, 1] along π_0 → π_θ whose measured KL keeps to the budget, and that KL: (α, KL(α)).
 
     Backtracking line search: the full step first; while that overspends, a quadratic's guess; then the bracket is
     halved until 95 % of the budget is used, or `trials` measurements are spent. (0, 0) if none kept to the budget.
@@ -211,7 +211,8 @@ def coin_kl(q: Tensor, p: Tensor) -> Tensor:
 
 
 def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[float]]:
-    """The limit: (accuracies, KL): no policy has mean accuracy a for less KL(π‖π_0), in nats a completion.
+    """The limit: (accuracies, KL): no policy has mean accuracy a for less KL(π‖π_0), in nats a completion, where the
+    pass rates are exact; from estimated ones it is an estimate.
 
     A policy that is right with probability q_x on problem x, where π_0 is with p_x [P], moved by at least the KL of
     those two coins. Its least mean for a given mean accuracy tilts every problem alike:

@@ -164,7 +164,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
     """Advantage of each completion over the others of its prompt: [B], with the rewards' device and dtype.
 
     rewards: [B] float. groups: [B] long, equal for completions of the same prompt, in any order.
-    kind: "std"   (r − mean) / std, with the population std (divided by G) (GRPO, arXiv 2402.03300);
+    kind: "std"   (r − mean) / std, with the population std, divided by G (GRPO, arXiv 2402.03300);
           "mean"  r − mean (Dr. GRPO, arXiv 2503.20783);
           "loo"   r − mean of the others, which is (r − mean)·G/(G − 1) (RLOO, arXiv 2402.14740).
     A group of equal rewards, so also a group of one, gets exactly 0. Raises InputError for an unknown kind.

@@ -438,7 +438,8 @@ def pass_at_k(rewards: Tensor, k: int) -> Tensor:
 
 
 def bootstrap_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of values [P], by resampling problems: samples of one problem are not independent."""
+    """95 % interval of the mean of values [P], by resampling problems: samples of one problem are not independent.
+    (Nominal: at 97 % right on 128 problems it covers 91 %.)"""
     values = values.double().cpu()
     generator = torch.Generator().manual_seed(seed)
     means = values[torch.randint(len(values), (draws, len(values)), generator=generator)].mean(1)

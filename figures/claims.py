@@ -146,14 +146,14 @@ def peak(rows: list[dict], by: str = "accuracy") -> dict:
 
 
 def leads(o: Outcome) -> Iterator[tuple]:
-    """C3, d and e: (what, opponent, lead over it); the closest counts."""
+    """C3, d and e: (what, opponent, lead over it); all must be above 0."""
     opponents = list(filter(o.of, OPPONENTS))
     for name, level in zip(LEVELS, o.levels):
         ours = o.efficiency("erpd", level)
         for method in opponents:
-            yield f"d  {name} of the way, less the closest", method, ours - o.efficiency(method, level)
+            yield f"d  {name} of the way, less every opponent's", method, ours - o.efficiency(method, level)
     for method in opponents:
-        yield "e  ceiling less the closest's", method, o.best("erpd") - o.best(method)
+        yield "e  ceiling less every opponent's", method, o.best("erpd") - o.best(method)
 
 
 def by_seed(seeds: Iterable[Iterable[tuple]]) -> dict[tuple, list[float]]:
@@ -166,7 +166,7 @@ def by_seed(seeds: Iterable[Iterable[tuple]]) -> dict[tuple, list[float]]:
 
 
 def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
-    """Every statistic that 3 seeds have. The closest opponent: the one with the smallest lead."""
+    """Every statistic that 3 seeds have. Of the leads over every opponent the least of those that miss."""
     found = []
     for stage in ("main", "rare"):
         seeds = by_stage.get(stage, [])
@@ -174,12 +174,12 @@ def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
         for (claim, what, side, threshold), values in by_seed(asked(o, stage) for o in seeds).items():
             if len(values) >= enough:
                 found.append(Statistic(f"{claim}, {stage}", what, values, side == ">", threshold))
-        closest: dict[str, Statistic] = {}
+        least: dict[str, Statistic] = {}
         for (what, method), values in by_seed(map(leads, seeds)).items():
             lead = Statistic(f"C3, {stage}", f"{what} ({method})", values, True, 0, every_seed=False)
             if lead.seeds >= enough:
-                closest[what] = min(closest.get(what, lead), lead, key=lambda s: s.interval()[0])
-        found += closest.values()
+                least[what] = min(least.get(what, lead), lead, key=lambda s: (s.met(), s.interval()[0]))
+        found += least.values()
     return sorted(found, key=lambda s: s.claim)
 
 
@@ -208,7 +208,7 @@ def report(by_stage: dict[str, list[Outcome]], fresh: dict[str, list[Outcome]], 
 
 
 def known(results: Path, fresh: bool = False) -> dict[str, list[Outcome]]:
-    """The outcomes by stage; those of chains with what mending every carry of theirs alike costs."""
+    """The outcomes by stage; those of chains with what it costs to mend the lost ones, too."""
     found = outcomes(results)
     for stage in stages(fresh):
         for o in found.get(stage.name, ()):

@@ -86,7 +86,7 @@ def frontier(figure: Figure, stages: Stages) -> str:
         if all(o.alike for o in outcomes):  # from the first level on: below, paths are interpolated from the base
             above = SHARES >= 1 / 3
             alike, _ = means([o.least(o.level(share), o.alike) for o in outcomes] for share in SHARES[above])
-            axes.plot(alike, heights[above], color=BLACK, linewidth=0.8, label="… that mends every carry alike")
+            axes.plot(alike, heights[above], color=BLACK, linewidth=0.8, label="… that mends lost chains, too")
         drawn = [[np.interp(o.level(SHARES), *one, right=np.inf) for one in o.limits()] for o in outcomes]
         band = np.sort(drawn, axis=1).mean(0)  # [200 draws, shares]
         axes.fill_betweenx(heights, band[4], band[-5], color=BLACK, alpha=0.2, linewidth=0)

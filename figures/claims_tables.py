@@ -90,7 +90,7 @@ def methods(stage: str, seeds: list[Outcome]) -> None:
     if have := [o for o in seeds if o.alike]:
         most = [[o.least(o.levels[k]) / o.least(o.levels[k], o.alike) for o in have] for k in range(len(LEVELS))]
         share = [[o.efficiency("erpd", o.levels[k], o.alike) for o in have] for k in range(len(LEVELS))]
-        rows += [("the most, if every carry is mended alike", f"{len(have)}", *map(shown, most), ""),
+        rows += [("the most, if lost chains are mended, too", f"{len(have)}", *map(shown, most), ""),
                  ("ERPD's student, contrast, over that", f"{len(have)}", *map(shown, share), "")]
     table(("method", "seeds", *LEVELS, "ceiling"), rows)
     rising = [f"{path} (seed {o.rows[0]['seed']})" for o in seeds for path in o.still_rising()]

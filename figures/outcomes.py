@@ -91,17 +91,20 @@ class Outcome:
 
 
 def mending_alike(rates: torch.Tensor, carries: torch.Tensor) -> tuple[list[float], list[float]]:
-    """(accuracies, KL) of policies that mend every carry alike, whether its chain is lost by then or not.
+    """(accuracies, KL): the least of policies that mend a carry as often where its chain is lost by then as elsewhere.
 
-    A problem of n `carries` that the base has right with p, one of its `rates` [P], has p^(1/n) at each (n = 1 where
-    there is none). All get the same odds more, and every one costs KL; kl.least_kl spends it only where the chain
-    is right so far, most of it late.
+    A problem of n `carries` that the base has right with p, one of its `rates` [P], has e = p^(1/n) at each (n = 1
+    where there is none). Mended to m it is right with m^n and costs n·KL(m‖e), the least where all its carries are
+    alike, since that is convex in log m. Over problems the least is where all pay one price for being right. Of what
+    kl.least_kl spends more is late, where the chain is known to be right so far.
     """
-    n = carries.clamp(min=1)
-    each = rates ** (1 / n)
-    odds = each / (1 - each) * torch.linspace(0, 8, 2000, dtype=torch.float64)[:, None].exp()
+    n = carries.clamp(min=1)[:, None]
+    each = rates[:, None] ** (1 / n)
+    odds = each / (1 - each) * torch.linspace(0, 12, 1000, dtype=torch.float64).exp()
     mended = odds / (1 + odds)
-    return (mended ** n).mean(1).tolist(), (n * kl.coin_kl(mended, each)).mean(1).tolist()
+    right, spent = mended ** n, n * kl.coin_kl(mended, each)
+    chosen = torch.stack([(price * right - spent).argmax(1) for price in torch.linspace(0, 3.5, 400) ** 2], 1)
+    return right.gather(1, chosen).mean(0).tolist(), spent.gather(1, chosen).mean(0).tolist()
 
 
 def first_crossing(points: list[tuple[float, float]], accuracy: float) -> float:
