@@ -139,7 +139,8 @@ def test_fresh_seeds_stand_beside_each_statistic_and_name_another_opponent(capsy
 def test_a_lead_over_every_opponent_is_missed_for_one_that_is_far_behind_in_the_mean_alone():
     """Mistake: only the closest opponent was asked, while over another, on some seed ahead, nothing was certain."""
     seeds = [outcome(row("sapo", 0.5, 2.0, lr=3e-5), row("erpd", 0.9, 1.0, rollouts=9),
-                     row("nll", 0.87 - k / 1000, 1.0), row("grpo", grpo, 1.0)) for k, grpo in enumerate((0.2, 0.3, 0.95))]
+                     row("nll", 0.87 - k / 1000, 1.0), row("grpo", grpo, 1.0))
+             for k, grpo in enumerate((0.2, 0.3, 0.95))]
     ceiling, = (s for s in claims.statistics({"main": seeds}) if s.what.startswith("e "))
     assert "(grpo)" in ceiling.what and not ceiling.met()
 
