@@ -228,31 +228,36 @@ from rollout import (Memory, Rollouts, added_up, autocast, collect, completion_s
 # ----------------------------------------------------------------------------------------------------------- one update
 
 def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective: Callable, config: Config, stage: str,
-             reference=None) -> dict:
-    """One update of `model` on some of the stored completions, in micro-batches; returns numbers to show.
+             reference=None) -> dict[str, float]:
+    """One update of `model` on some of the stored completions, in micro-batches; returns the loss before it, the
+    entropy, nats a token, and the KL to π_0, nats a completion, estimated (kl.on_policy_kl).
 
-    advantage is [B, T], or [B, 1] for one that all tokens of a completion share. `objective(stats, part, advantage,
-    tokens, completions)` gives the loss of a micro-batch and numbers to show, from the policy's `stats`: log-probs,
-    entropy and, with a `reference`, exact KL to it, [b, T] each. The gradient's norm is clipped at 1. Where loss or
-    gradient are not finite it raises FloatingPointError(stage, model), and the model has its last finite weights.
+    advantage is [B, T], as wide as the stored batch. `objective(stats, part, advantage, tokens, completions)` gives the
+    loss of a micro-batch from the policy's `stats`: log-probs, entropy and, with the `reference` π_0, exact KL to it,
+    [b, T] each. The gradient's norm is clipped at 1. Where loss or gradient are not finite it raises
+    FloatingPointError(stage, model), and the model has its last finite weights.
     """
     # Every micro-batch divides by the counts of the whole update: then their gradients add up to the update's.
     tokens, completions = int(rollouts.length.sum()), len(rollouts)
-    shown = {}
+    shown, seen = {}, []
     for rows in micro_batches(rollouts, config.tokens_per_step):
         # Completions of like lengths: one forward pass of the policy, and one of the reference without gradients.
         part = rollouts.select(rows)
         stats = completion_stats(model, part, config.temperature, with_entropy=True, reference=reference)
-        # Of an advantage [B, T] the columns are cut to this micro-batch's; one of [B, 1] stays as it is.
-        part, advantages = part.to(model.device), advantage[rows, :part.log_probs.shape[1]]
-        advantages = advantages.to(model.device, non_blocking=True)  # or the host would wait for the forward pass here
-        loss, numbers = objective(stats, part, advantages, tokens, completions)
+        part, width = part.to(model.device), part.log_probs.shape[1]
+        # Not blocking, or the host would wait for the forward pass here.
+        loss = objective(stats, part, advantage[rows, :width].to(model.device, non_blocking=True), tokens, completions)
         # Gradients add up on the weights; what is shown adds up where it is, without waiting for the device.
         loss.backward()
-        numbers = {"loss": loss.detach(), **numbers}
+        numbers = {"loss": loss.detach(), "entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}
         shown = {name: shown.get(name, 0.0) + number for name, number in numbers.items()}
+        # kl.on_policy_kl weighs completions against one another: it waits for those of all micro-batches.
+        log_ratio = stats.log_prob.detach() - part.log_probs
+        token_kl = kl.k3_off_policy(log_ratio) if reference is None else stats.kl.detach()
+        seen.append(F.pad(torch.stack([token_kl, log_ratio, part.mask]), (0, advantage.shape[1] - width)))
         del stats, loss  # and with them, under autocast, the reference's lowered output embedding
     shown = added_up(model, shown)
+    shown["kl"] = kl.on_policy_kl(*torch.cat(gathered([part.cpu() for part in seen]), 1)).item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.isfinite(shown["loss"] + norm):  # asked before the weights change
         raise FloatingPointError(stage, model)
@@ -337,16 +342,13 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
         value = explorer_loss(loss, stats.log_prob, part, advantage, tokens, completions, config)
         if config.kl_coef:
             value = value + config.kl_coef * kl.masked_mean(stats.kl, part.mask, tokens)
-        log_ratio = stats.log_prob.detach() - part.log_probs
-        # To show only: weights that are normalised in a micro-batch know nothing of the others'.
-        spent = kl.on_policy_kl(kl.k3_off_policy(log_ratio), log_ratio, part.mask)
-        return value, {"kl": spent * len(part) / completions,
-                       "entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}
+        return value
 
-    size, reference = config.explore_batch, base if config.kl_coef else None
+    advantage = advantage[:, None].expand_as(rollouts.log_probs)  # all tokens of a completion share it
+    size, reference = config.explore_batch, (base if config.kl_coef else None)
     for rows, _, bar in passes(model, optimizer, rollouts, size, updates, seed, stage, watch, memory, {}):
-        numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows, None], objective, config, stage,
-                           reference)
+        batch = rollouts.select(rows)
+        numbers = optimise(model, optimizer, batch, advantage[rows], objective, config, stage, reference)
         bar.set_postfix(numbers, refresh=False)
     return model
 
@@ -426,28 +428,23 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
     advantage = (advantage - least_variance_baseline(advantage, rollouts.log_probs, rollouts.mask)) * rollouts.mask
-    state, seen = {"multiplier": 1 / radius, "coefficient": 1 / radius, "mean": {}}, []
+    state = {"multiplier": 1 / radius, "coefficient": 1 / radius, "mean": {}}
 
     def objective(stats, part, advantage, tokens, completions):
         log_ratio = stats.log_prob - part.log_probs
         # A wanted token is pushed up to ρ = 1 + ε: from 5 % to 55 %, where ε = 1 would stop at 10 %. For an unwanted
         # one the clip never closes where ε ≥ 1, since ρ > 0: KL alone restrains a push that fades as ρ falls.
         surrogate = kl.clipped_surrogate(log_ratio.exp(), advantage, config.distill_clip, config.distill_clip)
-        value = kl.masked_mean(state["coefficient"] * stats.kl - surrogate, part.mask, tokens)
-        # kl.on_policy_kl weighs completions against one another: it waits for those of all micro-batches.
-        numbers = torch.stack([stats.kl.detach(), log_ratio.detach(), part.mask])
-        seen.append(F.pad(numbers, (0, rollouts.log_probs.shape[1] - numbers.shape[2])))
-        return value, {"entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}
+        return kl.masked_mean(state["coefficient"] * stats.kl - surrogate, part.mask, tokens)
 
     stage, count = "student on its way", config.distill_updates
     for rows, done, bar in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
                                   state):
         optimizer.param_groups[0]["lr"] = config.distill_lr * min(1, radius) * (1 - done / count / 2)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
-        spent = kl.on_policy_kl(*torch.cat(gathered([part.cpu() for part in seen]), 1)).item()
-        state["multiplier"], state["coefficient"] = kl.dual_ascent(state["multiplier"], spent, budget, least=least)
-        bar.set_postfix(numbers | {"kl": spent, "lambda": state["coefficient"]}, refresh=False)
-        seen.clear()
+        state["multiplier"], state["coefficient"] = kl.dual_ascent(state["multiplier"], numbers["kl"], budget,
+                                                                   least=least)
+        bar.set_postfix(numbers | {"lambda": state["coefficient"]}, refresh=False)
         if (averaged := done + 1 - count // 2) > 0:
             for name, weight in model.named_parameters():
                 mean = state["mean"].get(name, weight.detach()).to(weight.device)
