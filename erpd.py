@@ -644,14 +644,7 @@ def run(config: Config, folder: Path) -> list[dict]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    folder = None
-
-    def stopped(reason: Exception | str, status: int = 2, alone: bool = False) -> int:
-        """Why, and how to go on where something has begun."""
-        begun = folder and (folder / "config.json").is_file()
-        how = f"; python erpd.py --resume {folder} goes on from here" if begun else ""
-        return ended(f"{reason}{how}", status, alone)
-
+    folder, status, alone = None, 2, False
     try:
         config, folder = read_arguments(arguments)
         join(config.device)
@@ -659,20 +652,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = run(config, folder)
         print(f"\n{table(ends(rows))}")
         print(f"\n{folder}/: policy/ (the final policy), metrics.jsonl (these rows), frontier.png")
+        return 0
     except InputError as error:
         return ended(error)
     except OSError as error:  # a full disk, a folder that cannot be written
-        return stopped(error)
+        reason = str(error)
     except KeyboardInterrupt:
-        return stopped("stopped", 130)
+        reason, status = "stopped", 130
     except torch.OutOfMemoryError:
-        return stopped("the GPU's memory is full: a lower --tokens-per-step or --sample-rows, or --checkpointing 1, "
-                       "takes less, also beside --resume", alone=True)
+        alone, reason = True, ("the GPU's memory is full: a lower --tokens-per-step or --sample-rows, or "
+                               "--checkpointing 1, takes less, also beside --resume")
     except RuntimeError as error:
         if ranks() == 1 or not re.search("peer|remote", str(error)):  # the words of gloo and NCCL
             raise
-        return stopped("another process of this job has ended", 1)
-    return 0
+        reason, status = "another process of this job has ended", 1
+    if folder and (folder / "config.json").is_file():  # something has begun
+        reason += f"; python erpd.py --resume {folder} goes on from here"
+    return ended(reason, status, alone)
 
 
 if __name__ == "__main__":
