@@ -216,7 +216,7 @@ if __name__ == "__main__":  # what is wrong is told before torch and transformer
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
-from tqdm import tqdm, trange  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import kl  # noqa: E402
 from figures.frontier import draw_frontier, ends, table  # noqa: E402
@@ -562,15 +562,15 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: 
     ρ_t is 1: the clip has nothing to do, and this is the policy gradient with group advantages.
     """
     model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
-    each, done = max(1, config.explore_batch // config.group), memory.stage("grpo", model, optimizer, {})
-    starts = range(0, len(problems), each)
-    for update in trange(done + 1, len(starts) + 1, desc="grpo", unit="update", leave=False):
-        start = starts[update - 1]
-        rollouts = sampled(model, tokenizer, problems[start:start + each], config, seed * 100_003 + update)
+    done = memory.stage("grpo", model, optimizer, {})
+    each = max(1, config.explore_batch // config.group)
+    batches = [problems[start:start + each] for start in range(0, len(problems), each)]
+    for update, batch in enumerate(tqdm(batches[done:], desc="grpo", unit="update", leave=False), done + 1):
+        rollouts = sampled(model, tokenizer, batch, config, seed * 100_003 + update)
         advantage = group_advantages(rollouts.rewards, rollouts.groups, config.advantage)
         explore(base, rollouts, advantage, config, loss="clip", updates=1, seed=update, start=(model, optimizer),
                 stage=f"grpo, {rollouts.rewards.mean():.1%} right")
-        if update in checkpoints(len(starts)):
+        if update in checkpoints(len(batches)):
             watch("grpo", model, update=update)
         memory.put_stage("grpo", model, optimizer, {}, update)
     return model
