@@ -201,9 +201,8 @@ class Rollouts:
     @staticmethod
     def concatenate(parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
         """One batch from several, padded to the widest. A group is what has one number, also in two of them."""
-        width, longest = max(p.ids.shape[1] for p in parts), max(p.log_probs.shape[1] for p in parts)
-        return Rollouts(ids=torch.cat([F.pad(p.ids, (0, width - p.ids.shape[1]), value=pad_id) for p in parts]),
-                        log_probs=torch.cat([F.pad(p.log_probs, (0, longest - p.log_probs.shape[1])) for p in parts]),
+        return Rollouts(ids=pad_sequence([row for p in parts for row in p.ids], batch_first=True, padding_value=pad_id),
+                        log_probs=pad_sequence([row for p in parts for row in p.log_probs], batch_first=True),
                         **{name: torch.cat([getattr(p, name) for p in parts])
                            for name in ("prompt_length", "length", "rewards", "groups")})
 
