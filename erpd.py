@@ -21,6 +21,7 @@ The paper's equations could not be read in full when this was written: README.md
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -585,10 +586,10 @@ def run(config: Config, folder: Path) -> list[dict]:
     """
     settings = asdict(config)
     memory = Memory(folder, json.dumps({name: value for name, value in settings.items() if name not in MEMORY}))
-    rows, done = memory.get("rows"), memory.get("policy") or {"round": 0}
-    if rows is None:  # this is the beginning, or they are damaged: then those of the last round are measured again
-        rows = sum((memory.inside(f"round-{k + 1}").get("rows") or [] for k in range(done["round"])), [])
-        memory.inside(f"round-{done['round'] + 1}").keep("rollouts")
+    last = memory.get("policy") or {"round": 0}  # of the last round that was done
+    if (rows := memory.get("rows")) is None:  # this is the beginning, or they are damaged: each round has its own, and
+        rows = sum((memory.inside(f"round-{k + 1}").get("rows") or [] for k in range(last["round"])), [])
+        memory.inside(f"round-{last['round'] + 1}").keep("rollouts")  # those of the round begun are measured again
     problems, held_out = problems_of(config)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     first, tokenizer = load_policy(config.model, automatic if config.device == "auto" else config.device)
@@ -611,16 +612,17 @@ def run(config: Config, folder: Path) -> list[dict]:
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     policy, size = first, (len(problems) if config.method == "grpo" else config.problems)
-    if done["round"]:
-        policy, _ = trainable(first, lr=0.0)  # a copy
-        policy.load_state_dict(done.pop("weights"))
+    if last["round"]:
+        policy = copy.deepcopy(first)
+        policy.load_state_dict(last.pop("weights"))
     try:
         with autocast(config.precision, first.device):
             watch(1, "base", first, max(config.test_samples, config.limit_samples))
-            for k in range(done["round"] + 1, len(problems) // size + 1):
-                here, others = memory.inside(f"round-{k}"), problems[k * size:] + problems[:(k - 1) * size]
-                one = {"erpd": partial(one_round, others=others), "grpo": grpo}.get(config.method, direct)
-                policy = one(policy, tokenizer, problems[(k - 1) * size:][:size], config, seed=config.seed * 1000 + k,
+            for k in range(last["round"] + 1, len(problems) // size + 1):
+                here, start, end = memory.inside(f"round-{k}"), (k - 1) * size, k * size
+                one = partial(one_round, others=problems[end:] + problems[:start])
+                one = {"erpd": one, "grpo": grpo}.get(config.method, direct)
+                policy = one(policy, tokenizer, problems[start:end], config, seed=config.seed * 1000 + k,
                              watch=partial(watch, k), memory=here)
                 if config.method != "erpd":
                     watch(k, config.method, policy)
