@@ -40,8 +40,8 @@ CHOICES = {"method": ("erpd", "grpo", *LOSSES), "signal": ("teacher", "contrast"
            "advantage": ("std", "mean", "loo"), "precision": ("auto", "fp32", "bf16")}
 SECTIONS = {"model": "policy, problems, run", "problems": "rollouts and evaluations", "loss": "stage 1: the explorer",
             "signal": "stage 2: the signal and the distiller", "tokens_per_step": "memory"}  # each by its first field
-# What a run may go on with in another way: the numbers are the same, up to rounding.
-MEMORY = ("tokens_per_step", "sample_rows", "cuda_graph", "checkpointing")
+# What may be given beside --resume: how much memory and time a run takes, not its numbers, but for rounding.
+CHANGEABLE = ("tokens_per_step", "sample_rows", "cuda_graph", "checkpointing")
 
 
 # -------------------------------------------------------------------------------------------------------- configuration
@@ -156,7 +156,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
     parser = Parser(prog="erpd.py", usage="python erpd.py [--option value …]", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings; "
-                        f"beside it only --{', --'.join(MEMORY).replace('_', '-')}")
+                        f"beside it only --{', --'.join(CHANGEABLE).replace('_', '-')}")
     parser.add_argument("--paper", action="store_true", help="start from the paper's own settings; give your "
                         "--sample-rows and --template beside them")
     papers = {f.name: f.metadata["paper"] for f in fields(Config) if f.metadata["paper"] is not None}
@@ -170,7 +170,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Config, Path
     given = vars(parser.parse_args(arguments))  # defaults are left out
     if "resume" in given:
         folder = Path(given.pop("resume"))
-        if others := sorted(given.keys() - MEMORY):
+        if others := sorted(given.keys() - CHANGEABLE):
             raise InputError(f"--resume {folder} takes the settings of that run: leave --{others[0].replace('_', '-')} "
                              "out")
         try:
@@ -585,7 +585,7 @@ def run(config: Config, folder: Path) -> list[dict]:
     A run that was stopped goes on in its folder from the last state written, and ends as if it had not been.
     """
     settings = asdict(config)
-    memory = Memory(folder, json.dumps({name: value for name, value in settings.items() if name not in MEMORY}))
+    memory = Memory(folder, json.dumps({name: value for name, value in settings.items() if name not in CHANGEABLE}))
     last = memory.get("policy") or {"round": 0}  # of the last round that was done
     if (rows := memory.get("rows")) is None:  # this is the beginning, or they are damaged: each round has its own, and
         rows = sum((memory.inside(f"round-{k + 1}").get("rows") or [] for k in range(last["round"])), [])
