@@ -275,7 +275,7 @@ def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: 
     that the stage needs to go on, and `more`; where a stage goes on, `more` is filled in again, in place.
     """
     generator = torch.Generator().manual_seed(seed)
-    done = memory.stage(stage, model, optimizer, more)
+    done = memory.resume_stage(stage, model, optimizer, more)
     generator.set_state(more.get("shuffle", generator.get_state()))
     with tqdm(total=updates, initial=done, desc=stage, unit="update", leave=False) as bar:
         while done < updates:
@@ -563,7 +563,7 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: 
     ρ_t is 1: the clip has nothing to do, and this is the policy gradient with group advantages.
     """
     model, optimizer = trainable(base, config.explore_lr, config.checkpointing)
-    done = memory.stage("grpo", model, optimizer, {})
+    done = memory.resume_stage("grpo", model, optimizer, {})
     each = max(1, config.explore_batch // config.group)
     batches = [problems[start:start + each] for start in range(0, len(problems), each)]
     for update, batch in enumerate(tqdm(batches[done:], desc="grpo", unit="update", leave=False), done + 1):

@@ -497,7 +497,8 @@ class Memory:
         return Memory(self.folder and self.folder / name, self.of)
 
     def get(self, name: str, wanted: Callable = lambda value: True):
-        """What was put there, tensors on the CPU; None where there is nothing. Raises InputError."""
+        """What was put there, tensors on the CPU; None where there is nothing, or nothing that is `wanted`, which is
+        asked before other processes are sent gigabytes. Raises InputError."""
         value = None if rank() else self.read(name)
         values = [value if value is not None and wanted(value) else None]
         if ranks() > 1:
@@ -536,8 +537,9 @@ class Memory:
             for path in self.folder.glob("*.pt"):
                 path.stem in names or path.unlink()
 
-    def stage(self, name: str, model, optimizer, more: dict) -> int:
-        """Updates of this stage that were done when the run was stopped, with all as it was then; or 0."""
+    def resume_stage(self, name: str, model, optimizer, more: dict) -> int:
+        """How many updates of this stage were done when the run was stopped, or 0. Model, optimizer and `more` are set,
+        in place, to what `put_stage` was given then."""
         if (state := self.get("state", lambda state: state["stage"] == name)) is None:
             return 0
         model.load_state_dict(state["model"])
@@ -546,7 +548,7 @@ class Memory:
         return state["done"]
 
     def put_stage(self, name: str, model, optimizer, more: dict, done: int) -> None:
-        """For `stage`. Now and then: at most a twentieth of the time goes into writing."""
+        """For `resume_stage`. Now and then: at most a twentieth of the time goes into writing."""
         if (began := time.monotonic()) < self.due:
             return
         self.put("state", {"stage": name, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
