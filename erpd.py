@@ -141,6 +141,7 @@ class Config:
 
     @property
     def sampling(self) -> dict:
+        """What `collect` takes, also by way of `evaluate`."""
         return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "template": self.template,
                 "rows": self.sample_rows, "cuda_graph": self.cuda_graph}
 
@@ -267,6 +268,16 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
     return shown
 
 
+def checkpoints(updates: int) -> set[int]:
+    """Where a stage is looked at on its way: after 1/16, 1/8, 1/4 and 1/2 of its updates."""
+    return {updates >> k for k in range(1, 5)}
+
+
+def unwatched(name: str, model, **about) -> None:
+    """A `watch` that does nothing. That of `run` evaluates a policy: at the end of its stage, and with update=… on the
+    way there."""
+
+
 def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable,
            memory: Memory, more: dict) -> Iterator:
     """(rows, updates done before, progress bar) of each update, in passes over the stored batch.
@@ -286,15 +297,6 @@ def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: 
                 if done in checkpoints(updates):
                     watch(stage, model, update=done)
             memory.put_stage(stage, model, optimizer, more | {"shuffle": generator.get_state()}, done)
-
-
-def checkpoints(updates: int) -> set[int]:
-    """Where a stage is looked at on its way: after 1/16, 1/8, 1/4 and 1/2 of its updates."""
-    return {updates >> k for k in range(1, 5)}
-
-
-def unwatched(name: str, model, **about) -> None:
-    """Who watches is called with a policy's name, the policy, and update=… while it is on its way."""
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: the explorer
@@ -429,6 +431,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
     model, optimizer = trainable(base, config.distill_lr, config.checkpointing)
     advantage = normalised(signal, rollouts.mask, config.signal_bound)
     advantage = (advantage - least_variance_baseline(advantage, rollouts.log_probs, rollouts.mask)) * rollouts.mask
+    # What a resumed stage goes on with: `passes` fills it in.
     state = {"multiplier": 1 / radius, "coefficient": 1 / radius, "mean": {}}
 
     def objective(stats, part, advantage, tokens, completions):
@@ -448,7 +451,7 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         bar.set_postfix(numbers | {"lambda": state["coefficient"]}, refresh=False)
         if (averaged := done + 1 - count // 2) > 0:
             for name, weight in model.named_parameters():
-                mean = state["mean"].get(name, weight.detach()).to(weight.device)
+                mean = state["mean"].get(name, weight.detach()).to(weight.device)  # resumed, it is on the CPU
                 state["mean"][name] = mean.lerp(weight.detach(), 1 / averaged)
     model.load_state_dict(state["mean"], strict=False)  # buffers, such as a mask, are not trained
     return model
@@ -525,7 +528,7 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
             memory.put(name, scores)
         return scores
 
-    log_unlearned, log_teachers = None, [None]
+    log_unlearned, log_teachers = None, [None]  # where the signal does not need them
     if config.signal != "teacher":  # the targets reversed: Â → −Â, r → 1 − r; only its end is evaluated
         log_unlearned = drifted("unlearned policy", replace(rollouts, rewards=1 - rollouts.rewards), -advantage,
                                 config.unlearn_loss, config.unlearn_updates, watch_updates=unwatched)

@@ -398,7 +398,8 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
     stop, model = stop_ids(model, tokenizer), lowered(model)
     pad_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    parts, right, done, by_length = [], 0.0, 0, by_length[rank()::ranks()]
+    by_length = by_length[rank()::ranks()]  # this process's share
+    parts, right, done = [], 0.0, 0
     with tqdm(total=len(by_length) * group, desc=desc, unit="completion", leave=False) as bar:
         per_batch = max(1, rows // group)
         for start in range(0, len(by_length), per_batch):

@@ -98,7 +98,7 @@ def draw_frontier(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
             for way in of_rounds:
                 line(axes, way, color=colour, marker=marker, markersize=3, linewidth=1, alpha=0.6)
                 point(axes, way[-1], capsize=3, color=colour, marker=marker, markersize=7, label=before + name)
-            if len(of_rounds) > 1 and way[-1] is rows[-1]:  # the policy that the next round begins with
+            if len(of_rounds) > 1 and of_rounds[-1][-1] is rows[-1]:  # the policy that the next round begins with
                 ends_of_rounds = [rows[0], *(way[-1] for way in of_rounds)]
                 line(axes, ends_of_rounds, color=colour, linewidth=2.5)
                 for k, row in enumerate(ends_of_rounds[1:], 1):
