@@ -241,7 +241,7 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
     """
     # Every micro-batch divides by the counts of the whole update: then their gradients add up to the update's.
     tokens, completions = int(rollouts.length.sum()), len(rollouts)
-    shown, seen = {}, []
+    shown, seen = torch.zeros(2, device=model.device), []
     for rows in micro_batches(rollouts, config.tokens_per_step):
         # Completions of like lengths: one forward pass of the policy, and one of the reference without gradients.
         part = rollouts.select(rows)
@@ -251,21 +251,20 @@ def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective:
         loss = objective(stats, part, advantage[rows, :width].to(model.device, non_blocking=True), tokens, completions)
         # Gradients add up on the weights; what is shown adds up where it is, without waiting for the device.
         loss.backward()
-        numbers = {"loss": loss.detach(), "entropy": kl.masked_mean(stats.entropy, part.mask, tokens)}
-        shown = {name: shown.get(name, 0.0) + number for name, number in numbers.items()}
+        shown += torch.stack([loss.detach(), kl.masked_mean(stats.entropy, part.mask, tokens)])
         # kl.on_policy_kl weighs completions against one another: it waits for those of all micro-batches.
         log_ratio = stats.log_prob.detach() - part.log_probs
         token_kl = kl.k3_off_policy(log_ratio) if reference is None else stats.kl.detach()
         seen.append(F.pad(torch.stack([token_kl, log_ratio, part.mask]), (0, advantage.shape[1] - width)))
         del stats, loss  # and with them, under autocast, the reference's lowered output embedding
-    shown = added_up(model, shown)
-    shown["kl"] = kl.on_policy_kl(*torch.cat(gathered([part.cpu() for part in seen]), 1)).item()
+    loss, mean_entropy = added_up(model, shown)
+    spent = kl.on_policy_kl(*torch.cat(gathered([part.cpu() for part in seen]), 1)).item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if not torch.isfinite(shown["loss"] + norm):  # asked before the weights change
+    if not torch.isfinite(loss + norm):  # asked before the weights change
         raise FloatingPointError(stage, model)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return shown
+    return {"loss": loss, "kl": spent, "entropy": mean_entropy}
 
 
 def checkpoints(updates: int) -> set[int]:

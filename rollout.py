@@ -593,16 +593,12 @@ def gathered(values: list) -> list:
     return [value for part in every for value in part]
 
 
-def added_up(model, numbers: dict[str, Tensor]) -> dict[str, float]:
-    """The numbers, in one wait for the device, and the gradients in place, summed over the processes."""
-    numbers = dict(zip(numbers, torch.stack([*numbers.values()]).tolist())) if numbers else {}
-    if ranks() == 1:
-        return numbers
-    for weight in model.parameters():
+def added_up(model, numbers: Tensor) -> list[float]:
+    """The numbers [n], in one wait for the device, and the gradients in place, summed over the processes."""
+    for weight in model.parameters() if ranks() > 1 else ():
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         dist.all_reduce(weight.grad)
-    every = gathered([numbers])
-    return {name: sum(part.get(name, 0.0) for part in every) for name in max(every, key=len)}
+    return [sum(parts) for parts in zip(*gathered([numbers.tolist()]))]
 
 
 # ---------------------------------------------------------------------- faster sampling, with the text of the plain one
