@@ -6,10 +6,10 @@
 One round, with π_0 the policy it starts from (`one_round` below says the same in code):
 
 1. *Rollouts.* Sample a batch of completions from π_0, once, and judge them.
-2. *Explore.* Squeeze a copy of π_0 on that fixed batch, in many passes and under weak constraints, until it drifts:
-   the extreme region policy π_T. A short run on reversed targets gives the unlearned policy π_U, which is worse.
-3. *Signal.* Both become supervision: a log-ratio δ_t at every stored token. Then they are thrown away.
-4. *Distil.* Starting again from π_0, learn from δ_t on the same batch inside a trust region, with a KL budget.
+2. *Explore* (stage 1). Squeeze a copy of π_0 on that fixed batch, in many passes and under weak constraints, until it
+   drifts: the extreme region policy π_T. A short run on reversed targets gives the unlearned policy π_U, a worse one.
+3. *Signal* (stage 2). Both become supervision: a log-ratio δ_t at every stored token. Then they are thrown away.
+4. *Distil* (stage 2). From π_0 again, learn from δ_t on the same batch inside a trust region, with a KL budget.
 5. *Next round.* π_0 ← the student, with new problems.
 
 Beside PPO or GRPO: one batch serves many passes, and π_old, which sampled it, never moves. By default the explorer has
