@@ -195,8 +195,8 @@ def interpolated(base, model, alpha: float):
     """The policy at π_0 + α(π_θ − π_0) in the space of weights."""
     between = copy.deepcopy(model)
     with torch.no_grad():
-        for b, start in zip(between.parameters(), base.parameters()):
-            b.copy_(start + alpha * (b - start))
+        for weight, start in zip(between.parameters(), base.parameters()):
+            weight.copy_(start + alpha * (weight - start))
     return between
 
 
@@ -215,8 +215,8 @@ def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[f
     pass rates are exact; from estimated ones it is an estimate.
 
     A policy that is right with probability q_x on problem x, where π_0 is with p_x [P], moved by at least the KL of
-    those two coins. Its least mean for a given mean accuracy tilts every problem alike:
-    q_x = p_x·e^λ/(1 − p_x + p_x·e^λ).
+    those two coins. For a given mean accuracy their mean is least where all problems' odds grow by one factor, the
+    tilt: q_x = p_x·tilt/(1 − p_x + p_x·tilt).
     """
     p = pass_rates.double()
     tilt = torch.linspace(0, 12, points, dtype=torch.float64, device=p.device).exp()[:, None]

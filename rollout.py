@@ -624,8 +624,7 @@ def captured(step: Callable) -> Callable:
 
 
 class AsRead:
-    """Keys and values [B, heads, L, d] in the dtype in which attention reads them: under autocast half of the memory.
-    """
+    """Keys and values [B, heads, L, d] in the dtype that attention reads: under autocast half of the memory."""
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         device = keys.device.type
