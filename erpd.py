@@ -279,18 +279,23 @@ def unwatched(name: str, model, **about) -> None:
 
 def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable,
            memory: Memory, more: dict) -> Iterator:
-    """(rows, updates done before, progress bar) of each update, in passes over the stored batch.
+    """(rows, updates done before, show) of each update, in passes over the stored batch. `show(numbers)` puts its numbers
+    on the progress bar and into `memory`.
 
     `watch` is called with update=… at checkpoints on the way. At the end of a pass, now and then, `memory` takes all
     that the stage needs to go on, and `more`; where a stage goes on, `more` is filled in again, in place.
     """
+    def show(numbers: dict[str, float]) -> None:
+        bar.set_postfix(numbers, refresh=False)
+        memory.note(stage, done, numbers)
+
     generator = torch.Generator().manual_seed(seed)
     done = memory.resume_stage(stage, model, optimizer, more)
     generator.set_state(more.get("shuffle", generator.get_state()))
     with tqdm(total=updates, initial=done, desc=stage, unit="update", leave=False) as bar:
         while done < updates:
             for rows in mini_batches(rollouts, size, generator)[:updates - done]:
-                yield rows, done, bar
+                yield rows, done, show
                 done += 1
                 bar.update()
                 if done in checkpoints(updates):
@@ -348,10 +353,9 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
 
     advantage = advantage[:, None].expand_as(rollouts.log_probs)  # all tokens of a completion share it
     size, reference = config.explore_batch, (base if config.kl_coef else None)
-    for rows, _, bar in passes(model, optimizer, rollouts, size, updates, seed, stage, watch, memory, {}):
+    for rows, _, show in passes(model, optimizer, rollouts, size, updates, seed, stage, watch, memory, {}):
         batch = rollouts.select(rows)
-        numbers = optimise(model, optimizer, batch, advantage[rows], objective, config, stage, reference)
-        bar.set_postfix(numbers, refresh=False)
+        show(optimise(model, optimizer, batch, advantage[rows], objective, config, stage, reference))
     return model
 
 
@@ -441,13 +445,13 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
         return kl.masked_mean(state["coefficient"] * stats.kl - surrogate, part.mask, tokens)
 
     stage, count = "student on its way", config.distill_updates
-    for rows, done, bar in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
-                                  state):
+    for rows, done, show in passes(model, optimizer, rollouts, config.distill_batch, count, seed, stage, watch, memory,
+                                   state):
         optimizer.param_groups[0]["lr"] = config.distill_lr * min(1, radius) * (1 - done / count / 2)
         numbers = optimise(model, optimizer, rollouts.select(rows), advantage[rows], objective, config, stage, base)
         state["multiplier"], state["coefficient"] = kl.dual_ascent(state["multiplier"], numbers["kl"], budget,
                                                                    least=least)
-        bar.set_postfix(numbers | {"lambda": state["coefficient"]}, refresh=False)
+        show(numbers | {"lambda": state["coefficient"]})
         if (averaged := done + 1 - count // 2) > 0:
             for name, weight in model.named_parameters():
                 mean = state["mean"].get(name, weight.detach()).to(weight.device)  # resumed, it is on the CPU
@@ -576,6 +580,7 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: 
         if update in checkpoints(len(batches)):
             watch("grpo", model, update=update)
         memory.put_stage("grpo", model, optimizer, {}, update)
+        memory.note("grpo", update - 1, {"right": rollouts.rewards.mean().item()})
     return model
 
 

@@ -5,6 +5,7 @@ Models stay in eval mode everywhere, so dropout is off alike where tokens are sa
 """
 
 import copy
+import json
 import math
 import os
 import sys
@@ -415,7 +416,8 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
             bar.set_postfix(right=f"{right / done:.1%}")
     rollouts = Rollouts.concatenate(gathered(parts), pad_id)
     if not rollouts.log_probs.isfinite().all():  # asked when all processes know it
-        raise InputError("the policy's logits are not finite: try --precision fp32, or a lower learning rate before")
+        raise InputError("the policy's logits are not finite: try --precision fp32, a lower learning rate before, or a "
+                         "temperature above 0")
     return rollouts.select(torch.argsort(rollouts.groups, stable=True))
 
 
@@ -537,6 +539,14 @@ class Memory:
         if self.folder and not rank():
             for path in self.folder.glob("*.pt"):
                 path.stem in names or path.unlink()
+
+    def note(self, name: str, done: int, numbers: dict[str, float]) -> None:
+        """Line done + 1 of name.jsonl, for a person to plot; what a stopped run had written from there on goes."""
+        if self.folder and not rank():
+            path, beside = (self.folder / f"{name}.{end}" for end in ("jsonl", "part"))
+            before = path.read_text().splitlines(True)[:done] if path.exists() else []
+            beside.write_text("".join(before) + json.dumps(numbers) + "\n")
+            os.replace(beside, path)
 
     def resume_stage(self, name: str, model, optimizer, more: dict) -> int:
         """How many updates of this stage were done when the run was stopped, or 0. Model, optimizer and `more` are set,

@@ -84,9 +84,11 @@ def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(tmp_path, method):
             if not (here / "runs" / "one" / "config.json").exists():  # killed before it had settings
                 shutil.rmtree(here / "runs", ignore_errors=True)
         assert process.exitcode == 0, (here / "stderr-0").read_text()
-        for name in ("metrics.jsonl", "policy/model.safetensors"):
-            one, other = (where / "runs" / "one" / name for where in (tmp_path / "whole", here))
-            assert one.read_bytes() == other.read_bytes(), name
+        one, other = (where / "runs" / "one" for where in (tmp_path / "whole", here))
+        names = [str(path.relative_to(one)) for path in one.rglob("*.jsonl")]  # the rows, and each update's numbers
+        assert len(names) == (7 if method == "erpd" else 2)
+        for name in (*names, "policy/model.safetensors"):
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
         runs += 1
     print(f"{method}: {os.environ.get('KILLS', 10)} kills over {runs} runs; each ended with the same bytes")
 
@@ -262,10 +264,10 @@ def test_rounds_leave_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     memory, disk, began, one = [], [], [], erpd.one_round
 
-    def measured(*a, **k):  # as each round begins: memory in use; on disk, without the stored batches; the time
+    def measured(*a, **k):  # as each round begins: memory in use; on disk, without what is kept of each; the time
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-        disk.append(sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file() and p.stem not in
-                        ("rollouts", "signal", "rows", "metrics")) / 2**20)
+        disk.append(sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".jsonl"
+                        and p.stem not in ("rollouts", "signal", "rows")) / 2**20)
         began.append(time.monotonic())
         return one(*a, **k)
 
