@@ -59,6 +59,8 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
         raise refused(f"has a tokenizer of {len(tokenizer)} tokens and an embedding of {room}: one is another model's")
     if not stop_ids(model, tokenizer):
         raise refused("names no end-of-sequence token: set eos_token_id in its generation_config.json")
+    if getattr(model, "is_quantized", False):
+        raise refused("is quantised, and packed weights cannot be trained: give it in bf16 or fp32")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise refused("has weights that are not finite: its file is damaged, or its training had diverged")
     try:
@@ -67,13 +69,23 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
             torch.cuda.set_device(model.device)  # a CUDA graph is captured on the current one
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {str(device)!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
-    with torch.no_grad():  # what another second token changes, at the first position and at its own
-        output = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=device), use_cache=True)
-    first, second = output.logits.diff(dim=0)[0].abs().amax(-1)
-    if first > 1e-3 * second + 1e-5:
-        raise refused("is no causal language model: what it says of a token depends on the tokens after it")
-    if getattr(output, "past_key_values", None) is None:
-        raise refused("remembers the tokens before in its own way: it cannot be sampled without past_key_values")
+    try:
+        with torch.no_grad():  # what another second token changes, at the first position and at its own
+            output = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=device), use_cache=True)
+        first, second = output.logits.diff(dim=0)[0].abs().amax(-1)
+        if first > 1e-3 * second + 1e-5:
+            raise refused("is no causal language model: what it says of a token depends on the tokens after it")
+        if getattr(output, "past_key_values", None) is None:
+            raise refused("remembers the tokens before in its own way: it cannot be sampled without past_key_values")
+        prompts = [ids := tokenizer.encode("1"), ids * 3]
+        tried = sample(model, prompts, 2, max_new_tokens=4, temperature=1.0, stop=(), pad_id=ids[0], seed=0)
+        off = completion_stats(model, tried).log_prob.cpu() - tried.log_probs
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: it wants other inputs, or gives other outputs
+        raise refused(f"cannot be sampled from: {(str(error).strip() or repr(error)).splitlines()[0][:200]}") from None
+    if off.abs().max() > 0.05:
+        raise refused("says other things of a text that stands beside a longer one: it cannot be sampled in batches")
     return model, tokenizer
 
 
@@ -122,7 +134,8 @@ def encode_prompt(tokenizer, question: str, template: str = "{question}") -> lis
     """Prompt ids: the question in `template`, as the user's turn of a chat where the tokenizer has a chat template."""
     text = template.replace("{question}", question)
     if tokenizer.chat_template is None:
-        return tokenizer.encode(text)
+        ids = tokenizer.encode(text)  # some tokenizers end a text themselves, and after an end nothing is said
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token) else ids
     chat = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
@@ -380,6 +393,15 @@ def prefill(model, prompts: Sequence[Sequence[int]], total: int, steps: int, pad
     return output.logits[prompt_of, -1], attention[prompt_of], position[prompt_of, -1:], output.past_key_values
 
 
+def context_of(config) -> float:
+    """Tokens up to which positions are what they are. With longrope those of a whole batch are others, once one of its
+    rows is longer than the original context."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    limits += [rope["original_max_position_embeddings"]] if rope.get("rope_type") == "longrope" else []
+    return min(filter(None, limits), default=math.inf)
+
+
 def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_new_tokens: int, temperature: float = 1.0,
             template: str = "{question}", seed: int = 0, rows: int = 1024, cuda_graph: int = 0,
             desc: str = "sampling") -> Rollouts:
@@ -389,7 +411,7 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
     the policy's logits are not finite.
     """
     prompts = [encode_prompt(tokenizer, p.question, template) for p in problems]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = context_of(model.config.get_text_config())
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little left padding in a batch
     if not prompts[by_length[0]]:
         raise InputError(f"problem {by_length[0] + 1} has no tokens: this tokenizer knows none of its characters")

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, MambaConfig,
-                          MambaForCausalLM, PreTrainedModel, ViTConfig, ViTForImageClassification)
+                          MambaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel, RobertaConfig,
+                          RobertaForCausalLM, ViTConfig, ViTForImageClassification)
 
 import conftest
 import erpd
@@ -119,6 +120,10 @@ LATE = {
     "an encoder": (lambda *_: BertForMaskedLM(BertConfig(eos_token_id=1, **SIZE)), "causal"),
     "a state space model": (lambda *_: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1,
                                                                     state_size=4)), "past_key_values"),
+    "a decoder with positions of its own": (lambda *_: RobertaForCausalLM(RobertaConfig(
+        vocab_size=99, is_decoder=True, initializer_range=0.4, eos_token_id=1, **SIZE)), "beside a longer one"),
+    "experts with their router's logits": (lambda *_: MixtralForCausalLM(MixtralConfig(
+        vocab_size=99, num_key_value_heads=2, output_router_logits=True, eos_token_id=1, **SIZE)), "cannot be sampled"),
     "a model of pictures": (lambda *_: ViTForImageClassification(ViTConfig(image_size=16, **SIZE)), "can load"),
     "no weights": (("model.safetensors", None), "can load"), "no tokenizer": (("tokenizer.json", None), "tokenizer"),
     "cut weights": (("model.safetensors", (TINY / "model.safetensors").read_bytes()[:999]), "can load"),
@@ -150,6 +155,12 @@ def test_a_folder_that_is_no_policy_is_refused(tmp_path, monkeypatch, capsys, br
         file, content = Path("policy", broken[0]), broken[1]
         file.unlink() if content is None else file.write_bytes(content)
     refused(capsys, named, model="policy")
+
+
+def test_packed_weights_are_refused(monkeypatch, capsys):
+    """Mistake: a quantised policy, of which a few norms would be trained and nothing else."""
+    monkeypatch.setattr(PreTrainedModel, "is_quantized", True, raising=False)
+    refused(capsys, "quantised", run="packed")
 
 
 @pytest.mark.parametrize("settings, named", SETTINGS, ids=[str(s) for s, _ in SETTINGS])

@@ -8,9 +8,11 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 from torch.distributions import Categorical, kl_divergence
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
+from transformers import BloomConfig, GPT2Config
 
 import rollout
 from conftest import CHAT, EOS, WORDS, V
@@ -18,7 +20,7 @@ from rewards import InputError, Problem
 from figures.experiments import Combined
 from figures.speed import counted
 from rollout import (Memory, Rollouts, bootstrap_interval, captured, collect, completion_stats, completion_texts,
-                     decode, decode_in_graphs, divergence, encode_prompt, evaluate, load_policy, lowered,
+                     context_of, decode, decode_in_graphs, divergence, encode_prompt, evaluate, load_policy, lowered,
                      micro_batches, mini_batches, output_embedding, pass_at_k, prefill, sample, save_policy, score,
                      stop_ids)
 
@@ -384,6 +386,19 @@ def test_encode_prompt(make_tokenizer):
     assert encode_prompt(plain, "1+2", "{question}=ab") == ids
     assert encode_prompt(chat, "1+2", "{question}=ab") == [WORDS.index("<user>"), *ids, WORDS.index("<model>")]
     assert encode_prompt(chat, "1{a}2", "{question}={b}") == encode_prompt(chat, "1{a}2={b}")
+    plain.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", EOS)])
+    assert plain.encode("1") == [WORDS.index("1"), EOS] and encode_prompt(plain, "1+2", "{question}=ab") == ids
+
+
+def test_a_batch_stays_where_every_row_has_the_same_positions(make_model, tokenizer):
+    """Mistake: with longrope one long row changes what a policy says of the short ones beside it."""
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.0], "long_factor": [1.0, 9.0],
+                "original_max_position_embeddings": 20}
+    model = make_model("qwen3", rope_parameters=longrope)
+    collect(model, tokenizer, [Problem("1+2=", "3")], 2, max_new_tokens=16)
+    with pytest.raises(InputError, match="context of 20"):
+        collect(model, tokenizer, [Problem("1+2=", "3")], 2, max_new_tokens=17)
+    assert context_of(GPT2Config(n_positions=48)) == 48 and context_of(BloomConfig()) == math.inf
 
 
 def test_stop_ids(make_model, tokenizer):
