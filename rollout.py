@@ -565,6 +565,7 @@ class Memory:
     def note(self, name: str, done: int, numbers: dict[str, float]) -> None:
         """Line done + 1 of name.jsonl, for a person to plot; what a stopped run had written from there on goes."""
         if self.folder and not rank():
+            self.folder.mkdir(parents=True, exist_ok=True)
             path, beside = (self.folder / f"{name}.{end}" for end in ("jsonl", "part"))
             before = path.read_text().splitlines(True)[:done] if path.exists() else []
             beside.write_text("".join(before) + json.dumps(numbers) + "\n")

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import erpd
 import kl
+import rollout
 from conftest import SMALL, TINY, arguments, weights
 from erpd import Config
 from rewards import InputError, chain_problems, group_advantages
-from rollout import Rollouts, autocast, collect, completion_stats, divergence, load_policy, score
+from rollout import Memory, Rollouts, autocast, collect, completion_stats, divergence, load_policy, score
 
 
 def explored(base, rollouts, config, **settings):
@@ -76,6 +77,19 @@ def test_ratios_begin_at_one_in_bf16(stage, monkeypatch):
     assert (log_probs - stored.log_probs[:32, :log_probs.shape[1]]).sum(1).abs().max() < 0.002
 
 
+def test_where_policies_are_lowered(stage):
+    """Mistake: auto that lowers on a CPU, too; a cast that is kept when the weight has changed."""
+    base, _, _, rollouts = stage
+    model, _ = erpd.trainable(base, 1e-4)
+    for precision, lowered in ("fp32", False), ("auto", base.device.type == "cuda"), ("bf16", True):
+        with autocast(precision, base.device):
+            before = completion_stats(model, rollouts).log_prob
+            model.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+            assert not torch.equal(completion_stats(model, rollouts).log_prob, before)
+            given = (x.to(base.device) for x in (rollouts.ids, rollouts.length))
+            assert rollout.completion_states(model, *given)[0].dtype == (torch.bfloat16 if lowered else torch.float32)
+
+
 @pytest.mark.parametrize("loss", ["sapo", "clip"])
 def test_first_gradient_is_the_policy_gradient(stage, loss):
     """At ρ = 1 every surrogate has the gradient of mean_t Â·log π_θ (log π_θ: tests/test_rollout.py)."""
@@ -119,21 +133,43 @@ def test_student_is_the_mean_of_its_weights_over_the_second_half(stage, monkeypa
     advantage without its baseline: right tokens of a sure policy have hardly one of their own to learn from."""
     base, _, _, rollouts = stage
     rates, after, update = [], [], erpd.optimise
+    due, spent, losses, prices, ascent = [], [], [], [(0.5, 0.5)], kl.dual_ascent
 
     def watched(model, optimizer, batch, advantage, *more):
+        assert all(weight.grad is None for weight in model.parameters())  # the last update's would count again
+        stats = completion_stats(model, batch, reference=base)
+        log_ratio, own_kl = stats.log_prob.detach().cpu() - batch.log_probs, stats.kl.detach().cpu()
+        due.append(kl.on_policy_kl(own_kl, log_ratio, batch.mask).item())
+        gained = kl.clipped_surrogate(log_ratio.exp(), advantage, 10, 10)
+        losses.append(((prices[-1][1] * own_kl - gained) * batch.mask).sum().item() / batch.mask.sum().item())
         rates.append(optimizer.param_groups[0]["lr"])
         balance = ((1 - batch.log_probs.exp()).square() * advantage).sum()
         assert abs(balance) < 1e-3 < abs(advantage.sum()) and not advantage[batch.mask == 0].any()
         shown = update(model, optimizer, batch, advantage, *more)
+        assert shown["loss"] == pytest.approx(losses[-1], rel=1e-3, abs=1e-5)
         after.append(weights(model))
         return shown
 
     monkeypatch.setattr(erpd, "optimise", watched)
+    monkeypatch.setattr(kl, "dual_ascent", lambda m, now, *a, **k: spent.append(now) or prices.append(
+        ascent(m, now, *a, **k)) or prices[-1])
     config = Config(**SMALL | {"distill_updates": 4, "distill_batch": len(rollouts)}, distill_lr=1e-3)
     signal = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(0)) + 1
-    student = erpd.distill(base, rollouts, signal, 1.0, config)
+    student = erpd.distill(base, rollouts, signal, 4.0, config)
     assert (after[1] - after[3]).abs().max() > 1e-4 and rates == pytest.approx([1e-3, 0.875e-3, 0.75e-3, 0.625e-3])
     torch.testing.assert_close(weights(student), (after[2] + after[3]) / 2)
+    assert spent == pytest.approx(due, rel=1e-3, abs=1e-5) and spent[3] > 0.01  # on its own prefixes, not the stored
+
+
+def test_every_pass_takes_the_whole_batch_in_an_order_of_its_own(stage):
+    """Mistake: each pass in the first one's order; batches left out; an end that is a checkpoint, measured twice."""
+    base, _, _, rollouts = stage
+    looked, given = [], (*erpd.trainable(base, 1e-4), rollouts, 16, 19, 0, "stage")
+    passes = erpd.passes(*given, lambda *_, update: looked.append(update), Memory(), {})
+    rows = [rows.tolist() for rows, *_ in passes]
+    first, second = rows[:4], rows[4:8]
+    assert len(rows) == 19 and sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(64)) and first != second
+    assert looked == [1, 2, 4, 9]
 
 
 def test_the_progress_bars_show_what_one_wants_to_watch(stage, monkeypatch, capsys):
@@ -160,6 +196,7 @@ def test_checkpointing_changes_no_update(stage):
     with torch.no_grad():
         next(checkpointed.parameters()).zero_()
     assert torch.equal(weights(again), weights(erpd.trainable(again, 1e-4)[0]))
+    assert type(again.model.layers[0]) is type(checkpointed.model.layers[0])  # once more, and not twice
     torch.testing.assert_close(score(again, rollouts), score(model, rollouts), atol=1e-4, rtol=0)
     layer = weakref.ref(again.model.layers[0])
     gc.disable()
@@ -261,6 +298,8 @@ def test_the_baseline_is_that_of_least_variance():
     assert variance(best) < min(variance(best - 0.01), variance(best + 0.01), variance(mean))
     sure = erpd.least_variance_baseline(advantage[2:], log_probs.detach()[2:], mask=probs.view(3, 2)[2:])
     assert sure < -1.9  # near its mistake's: what is right is pushed up
+    zero, one = torch.zeros(1, 2), torch.ones(1, 2)  # no token with an alternative; a signal that says nothing
+    assert erpd.least_variance_baseline(one, zero, one) == 0 and not erpd.normalised(zero, one).any()
 
 
 def test_a_signal_that_a_completion_shares_is_the_same_signal(stage, monkeypatch):
@@ -291,6 +330,8 @@ def test_student_stays_within_its_budget_on_its_own_samples(stage):
     signal = (rollouts.rewards * 2 - 1)[:, None] * rollouts.mask
     wild = erpd.distill(base, rollouts, signal, 100.0, config)
     kept, spent = erpd.within_budget(base, wild, tokenizer, problems, 0.1, config)
+    same = collect(kept, tokenizer, problems, 4, **config.sampling)
+    assert spent == pytest.approx(divergence(kept, base, same)["kl"], rel=1e-3)
     fresh = collect(kept, tokenizer, problems, 64, seed=9, **config.sampling)
     measured = divergence(kept, base, fresh)["kl"]
     unchecked = divergence(wild, base, collect(wild, tokenizer, problems, 8, seed=9, **config.sampling))["kl"]
@@ -309,7 +350,7 @@ def test_a_small_budget_is_kept_to_from_the_first_updates(stage, monkeypatch):
 
 
 @pytest.mark.parametrize("budget, floor, least", [(100.0, 0.75, 0.075), (100.0, 0.0, 0.1 * math.exp(-0.8)),
-                                                  (0.25, 0.75, 2 * math.exp(-0.8))])
+                                                  (1.0, 0.75, 0.75), (0.25, 0.75, 2 * math.exp(-0.8))])
 def test_a_large_budget_is_a_bound_and_no_goal(stage, monkeypatch, budget, floor, least):
     """Mistake: a λ that falls until a budget is spent which buys nothing: granted a nat on two operands, a student
     spent it, and lost 17 points. Here there is nothing to learn, so that each of 16 updates lowers it by 5 %."""
@@ -331,18 +372,58 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / "whole"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ends = [row["policy"] for row in rows if "update" not in row]
-    assert "student on its way" in {row["policy"] for row in rows if "update" in row}
+    assert {row["policy"] for row in rows if "update" in row} == {"extreme region policy (sapo)", "student on its way"}
     assert ends == ["base"] + ["unlearned policy", "extreme region policy (sapo)", "ERPD student"] * 2
     assert rows[0]["kl"] == 0 and all(row["kl"] > 0 for row in rows[1:])
     assert all(row["kl_round"] <= 0.5 for row in rows if row["policy"] == "ERPD student")
     out = capsys.readouterr().out
-    assert all(name in out for name in ends) and "pass@2" in out
+    assert all(name in out for name in ends) and out.count("pass@2") == 2  # a table on the way, another at the end
+    assert torch.load(folder / "round-1" / "signal.pt")["value"].any()
     assert (folder / "frontier.png").stat().st_size > 10_000
     assert json.loads((folder / "config.json").read_text())["kl_budget"] == 0.5
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
     assert AutoTokenizer.from_pretrained(folder / "policy").encode("1+1=")
     assert not torch.equal(weights(policy), weights(AutoModelForCausalLM.from_pretrained(TINY)))
     assert len(Rollouts.load(folder / "round-2" / "rollouts.pt")) == 64
+
+
+def test_the_settings_reach_every_stage(stage, tmp_path, monkeypatch):
+    """Mistake: a setting that one stage takes and another forgets: a temperature at which policies are sampled and not
+    trained, a seed or targets that are every round's, memory that the evaluation does not save."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(erpd, "load_policy", lambda *_: stage[:2])  # which tries a policy with settings of its own
+    seen = {}
+
+    def watch(name, note, *modules):  # a call's argument, by its place, or what `note` makes of it
+        for module in modules:
+            monkeypatch.setattr(module, name, lambda *a, work=getattr(module, name), **k: (
+                seen.setdefault(name, []).append(note(*a, **k) if callable(note) else a[note]), work(*a, **k))[1])
+
+    watch("token_stats", 3, kl), watch("choose", 1, kl), watch("noise", 0, kl), watch("micro_batches", 1, erpd, rollout)
+    watch("group_advantages", 2, erpd), watch("autocast", 0, erpd), watch("encode_prompt", 2, rollout)
+    watch("clipped_surrogate", slice(2, 4), kl), watch("trainable", slice(1, 3), erpd), watch("explorer_loss", 0, erpd)
+    watch("passes", slice(3, 7), erpd), watch("normalised", slice(2, 3), erpd), watch("combine_signals", 1, erpd)
+    watch("clip_grad_norm_", 1, torch.nn.utils), watch("sample", lambda *a, **k: len(a[1]) * a[2], rollout)
+    watch("one_round", 2, erpd), watch("mini_batches", lambda *a: a[2].initial_seed(), erpd)
+    watch("evaluate", lambda *a, pass_k, **k: (a[4], pass_k), erpd)
+    watch("collect", lambda *a, desc, **k: (desc, len(a[2]), a[3]), erpd)
+    given = dict(temperature=0.5, seed=3, rounds=2, tokens_per_step=300, sample_rows=16, template="{question}\n",
+                 advantage="loo", precision="fp32", checkpointing=1, loss="mse:2,nll,ce:0.5", unlearn_loss="ce",
+                 explore_batch=64, explore_updates=2, unlearn_updates=1, distill_batch=24, distill_clip=5,
+                 signal_bound=2, kl_budget=0.5, limit_samples=4)
+    assert erpd.main(arguments(run="one", **given)) == 0
+    mine, other = (erpd.problems_of(Config(**SMALL | given | {"seed": seed}))[0] for seed in (3, 4))
+    assert seen.pop("one_round") == [mine[:8], mine[8:]] and mine != other
+    assert seen.pop("passes") == [(*of, seed, name) for seed in (3001, 3002) for *of, name in (
+        (64, 1, "unlearned policy"), (64, 2, "extreme region policy (mse)"), (64, 2, "extreme region policy (nll)"),
+        (64, 2, "extreme region policy (ce)"), (24, 2, "student on its way"))]
+    assert seen.pop("combine_signals") == [[2.0, 1.0, 0.5]] * 2
+    assert {name: set(notes) for name, notes in seen.items()} == {
+        "token_stats": {0.5}, "choose": {0.5}, "clip_grad_norm_": {1.0}, "noise": {3, 3001, 3002},
+        "micro_batches": {300}, "group_advantages": {"loo"}, "autocast": {"fp32"}, "encode_prompt": {"{question}\n"},
+        "sample": {8, 16}, "clipped_surrogate": {(5.0, 5.0)}, "trainable": {(1e-4, 1), (4e-4, 1)},
+        "normalised": {(), (2.0,)}, "mini_batches": {3001, 3002}, "explorer_loss": {"ce", "mse", "nll"},
+        "collect": {("rollouts", 8, 8), ("spending check", 8, 4)}, "evaluate": {(4, 2), (2, 2), (1, 1)}}
 
 
 def test_spending_is_checked_on_the_problems_of_other_rounds(tmp_path, monkeypatch):
@@ -376,9 +457,23 @@ def test_a_later_round_with_nothing_to_learn_ends_the_run_and_keeps_its_policy(t
 @pytest.mark.parametrize("method", ["grpo", "mse", "nll", "clip"])
 def test_direct_methods_run(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
+    seeds, batches = set(), erpd.mini_batches
+    monkeypatch.setattr(erpd, "mini_batches", lambda *a: seeds.add(a[2].initial_seed()) or batches(*a))
     assert erpd.main(arguments(method=method, run=method, kl_coef=0.1)) == 0
     rows = [json.loads(line) for line in (tmp_path / "runs" / method / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["policy"] == method and rows[-1]["kl"] > 0
+    assert rows[-1]["policy"] == method and rows[-1]["kl"] > 0 and seeds == ({1, 2} if method == "grpo" else {1})
+
+
+def test_every_update_of_grpo_has_problems_and_noise_of_its_own(tmp_path, monkeypatch):
+    """Mistake: the same luck in every update; the last problems left out; or less than a group in a batch of none."""
+    asked, kinds, sampled = [], set(), erpd.sampled
+    monkeypatch.setattr(erpd, "sampled", lambda *a: asked.append((a[4], a[2])) or sampled(*a))
+    monkeypatch.setattr(erpd, "group_advantages", lambda *a: kinds.add(a[2:]) or group_advantages(*a))
+    config = Config(**SMALL | dict(rounds=2, problems=4, explore_batch=4), method="grpo", seed=2, advantage="loo")
+    rows = erpd.run(config, tmp_path / "one")
+    problems, _ = erpd.problems_of(config)
+    assert asked == [(2001 * 100_003 + n, problems[n - 1:n]) for n in range(1, 9)]
+    assert [row.get("update") for row in rows] == [None, 1, 2, 4, None] and kinds == {("loo",)}
 
 
 def test_several_teachers_run_and_the_seed_decides_everything(tmp_path, monkeypatch):

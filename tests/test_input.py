@@ -125,7 +125,7 @@ LATE = {
     "experts with their router's logits": (lambda *_: MixtralForCausalLM(MixtralConfig(
         vocab_size=99, num_key_value_heads=2, output_router_logits=True, eos_token_id=1, **SIZE)), "cannot be sampled"),
     "a model of pictures": (lambda *_: ViTForImageClassification(ViTConfig(image_size=16, **SIZE)), "can load"),
-    "no weights": (("model.safetensors", None), "can load"), "no tokenizer": (("tokenizer.json", None), "tokenizer"),
+    "no weights": (("model.safetensors", None), "can load"), "no tokenizer": (("tokenizer*", None), "has no tokenizer"),
     "cut weights": (("model.safetensors", (TINY / "model.safetensors").read_bytes()[:999]), "can load"),
     "no JSON": (("config.json", b"{"), "can load"),
     "another kind of model": (("config.json", b'{"model_type": "magic"}'), "magic"),
@@ -152,8 +152,8 @@ def test_a_folder_that_is_no_policy_is_refused(tmp_path, monkeypatch, capsys, br
     (other if isinstance(other, PreTrainedModel) else model).save_pretrained("policy")
     tokenizer.save_pretrained("policy")
     if not callable(broken):
-        file, content = Path("policy", broken[0]), broken[1]
-        file.unlink() if content is None else file.write_bytes(content)
+        for file in Path("policy").glob(broken[0]):
+            file.unlink() if broken[1] is None else file.write_bytes(broken[1])
     refused(capsys, named, model="policy")
 
 

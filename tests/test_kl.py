@@ -167,9 +167,9 @@ def test_token_stats_in_bf16():
     assert stats.log_prob.dtype == torch.float32
     assert_close(stats[:2], (exact.log_prob(ids), exact.entropy()), check_dtype=False, atol=1e-4, rtol=1e-5)
     weight.requires_grad_()
-    one, many = (gradient(kl.token_stats(hidden, weight, ids, chunk=chunk).log_prob.sum(), weight).float()
+    one, many = (gradient(kl.token_stats(hidden, weight, 0 * ids, chunk=chunk).log_prob.sum(), weight).float()
                  for chunk in (10**9, 5000))
-    assert_relative(many, one, 4e-3)  # one rounding; sums in bf16 are off by 1e-2
+    assert_relative(many, one, 4e-3)  # one rounding; sums in bf16 are off by 8e-3
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -253,6 +253,7 @@ def test_dual_ascent_direction_and_bounds():
         multiplier, coefficient = kl.dual_ascent(1.0, kl=kl_now, budget=1.0, rate=0.1, gain=1.0)
         assert harder * math.log(multiplier) > 0 and harder * math.log(coefficient) > harder * math.log(multiplier)
     assert kl.dual_ascent(1.0, kl=1.0, budget=1.0, rate=0.1) == (1.0, 1.0)
+    assert kl.dual_ascent(1.0, kl=2.0, budget=1.0) == pytest.approx((math.exp(0.05), math.exp(1.05)))
     for wild in (1e9, math.inf):  # one wild batch moves it no further than twice the budget does
         assert kl.dual_ascent(1.0, kl=wild, budget=0.5, rate=0.1) == kl.dual_ascent(1.0, kl=1.0, budget=0.5, rate=0.1)
     assert kl.dual_ascent(900.0, kl=9.0, budget=1.0, rate=1.0, bound=1e3)[0] == 1e3
@@ -278,6 +279,7 @@ def test_largest_step_on_a_quadratic(c):
     step, spent = kl.largest_step_within(lambda a: asked.append(a) or c * a * a, budget=1.0, trials=16)
     assert spent <= 1.0 and spent == c * step * step
     assert step > 0.9 * c ** -0.5 if c > 1 else asked == [1.0] == [step]
+    assert not any(0.95 <= c * a * a <= 1 for a in asked[:-1])  # near enough: another trial is samples for nothing
 
 
 @pytest.mark.parametrize("measure", [
@@ -330,3 +332,4 @@ def test_a_rounds_budget_by_hand():
     assert_close(kl.smoothed(torch.tensor([0, 16]), 16), torch.tensor([1 / 34, 33 / 34]).double())
     never, rarely, mostly, always = (kl.budget_from_limit(torch.full((64,), c), 16) for c in (0, 2, 14, 16))
     assert never > rarely > half > mostly > always > 0 and always < 0.03
+    assert kl.budget_from_limit(torch.tensor([1] + 63 * [0]), 4096) > never  # the limit is drawn that far

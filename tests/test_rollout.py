@@ -235,7 +235,7 @@ def test_the_noise_belongs_to_problem_and_sample(model, tokenizer):
     assert [completion[0] for _, completion in texts(seed=6)] != [completion[0] for _, completion in alike]
 
 
-def test_autocast_samples_and_scores_alike(make_bigram):
+def test_autocast_samples_and_scores_alike(make_bigram, make_model):
     """Mistake: logits in bf16 from the sampler and in fp32 from the scorer: ratios off by their rounding."""
     torch.manual_seed(0)
     model = make_bigram(5 * torch.randn(V, V))
@@ -243,6 +243,10 @@ def test_autocast_samples_and_scores_alike(make_bigram):
         rollouts = draw(model, group=32)
         assert_close(score(model, rollouts), rollouts.log_probs, atol=1e-4, rtol=0)
     assert (score(model, rollouts) - rollouts.log_probs).abs().max() > 1e-3
+    capped = make_model("gemma2")
+    capped.config.final_logit_softcapping = 30.0  # as Gemma 2's own are: in bf16 it hardly shows
+    with torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False):
+        assert output_embedding(capped) is None
 
 
 @pytest.mark.parametrize("name, count", [("qwen3", 50_000), ("gpt2", 6000), ("gemma2", 6000)])
@@ -419,6 +423,8 @@ def test_a_saved_policy_is_read_back_and_has_no_dropout(make_model, tokenizer, t
     for policy in (loaded, model):
         assert_close(score(policy, rollouts), rollouts.log_probs, atol=1e-4, rtol=0)
     assert its_tokenizer.encode("1+2=") == tokenizer.encode("1+2=")
+    save_policy(model.bfloat16(), tokenizer, tmp_path)  # as most are published
+    assert load_policy(str(tmp_path), device)[0].dtype == torch.float32
 
 
 def answering(make_bigram):
@@ -448,6 +454,8 @@ def test_collect_refuses_prompts_that_are_empty_or_beyond_the_context(model, tok
         collect(model, tokenizer, problems, 1, max_new_tokens=9)
     with pytest.raises(InputError, match="problem 3 has no tokens"):
         collect(model, tokenizer, [*problems, Problem("☃", "3")], 1, max_new_tokens=8)
+    vars(model.config)["max_position_embeddings"] = None  # no end to its context
+    collect(model, tokenizer, problems[:1], 1, max_new_tokens=9)
 
 
 def test_evaluate_resamples_problems(make_bigram, tokenizer):
@@ -459,6 +467,9 @@ def test_evaluate_resamples_problems(make_bigram, tokenizer):
     assert result.pop("accuracy_interval") == result.pop("pass_interval") == [0, 1]
     assert result == pytest.approx({"accuracy": 1 / 3, "pass": 1 / 3, "pass_k": 8, "samples": 64, "length": 5 / 3,
                                     "entropy": 0, "kl": 5 / 3 * math.log(V), "kl_token": math.log(V)}, abs=1e-5)
+    seldom = evaluate(uniform, uniform, tokenizer, problems, 64, max_new_tokens=1)  # some are right by chance
+    assert sum(seldom["pass_rates"]) / 3 == pytest.approx(seldom["accuracy"], abs=1e-4) and 0 < seldom["accuracy"]
+    assert seldom["accuracy"] < seldom["pass_interval"][0] <= seldom["pass"] <= seldom["pass_interval"][1]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
