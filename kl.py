@@ -48,8 +48,7 @@ def exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p‖q) over the whole vocabulary, nats [...], from log-probs [..., V] of both.
 
     No noise from the choice of the next token: only the prefixes are sampled. It is what every figure shows. (F.kl_div
-    takes its arguments the other way round.) Of logits in bf16 it is that of the rounded policies, which are sampled:
-    rounding alone adds some 1e-4 nats a token.
+    takes its arguments the other way round.) The rounding of logits in bf16 alone is some 1e-4 nats a token.
     """
     return log_ratio_of(log_p, log_q).mul_(log_p.exp()).sum(-1)
 
@@ -211,8 +210,7 @@ def coin_kl(q: Tensor, p: Tensor) -> Tensor:
 
 
 def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[float]]:
-    """The limit: (accuracies, KL): no policy has mean accuracy a for less KL(π‖π_0), in nats a completion, where the
-    pass rates are exact; from estimated ones it is an estimate.
+    """The limit: (accuracies, KL). Where π_0 has these pass rates no policy is right a of the time for less KL(π‖π_0).
 
     A policy that is right with probability q_x on problem x, where π_0 is with p_x [P], moved by at least the KL of
     those two coins. For a given mean accuracy their mean is least where all problems' odds grow by one factor, the
