@@ -166,7 +166,7 @@ def by_seed(seeds: Iterable[Iterable[tuple]]) -> dict[tuple, list[float]]:
 
 
 def statistics(by_stage: dict[str, list[Outcome]]) -> list[Statistic]:
-    """Every statistic that 3 seeds have. Of the leads over every opponent the least of those that miss."""
+    """Every statistic that 3 seeds have. Of the leads over every opponent the least, of those that miss if any does."""
     found = []
     for stage in ("main", "rare"):
         seeds = by_stage.get(stage, [])

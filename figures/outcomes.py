@@ -95,8 +95,8 @@ def mending_alike(rates: torch.Tensor, carries: torch.Tensor) -> tuple[list[floa
 
     A problem of n `carries` that the base has right with p, one of its `rates` [P], has e = p^(1/n) at each (n = 1
     where there is none). Mended to m it is right with m^n and costs n·KL(m‖e), the least where all its carries are
-    alike, since that is convex in log m. Over problems the least is where all pay one price for being right. Of what
-    kl.least_kl spends more is late, where the chain is known to be right so far.
+    alike, since that is convex in log m. Over problems the least is where all pay one price for being right.
+    (kl.least_kl spends nothing where a chain is lost, and so more of it late.)
     """
     n = carries.clamp(min=1)[:, None]
     each = rates[:, None] ** (1 / n)
