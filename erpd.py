@@ -96,7 +96,7 @@ class Config:
     distill_clip: float = option(10.0, "its ε: a wanted token's probability is pushed up to 1 + ε times π_0's")
     signal_bound: float = option(3.0, "bound on |δ_t|, in root mean squares of δ_t over the batch")
     kl_budget: float | str = option("auto", "KL(π_θ‖π_0) a round may spend, nats a completion; auto: from the limit")
-    lambda_floor: float = option(0.75, "least multiplier behind λ, as a share of its start, from a nat on", zero=True)
+    lambda_floor: float = option(0.75, "from a nat on λ's multiplier keeps this share of its start", zero=True)
 
     tokens_per_step: int = option(8192, "tokens in one forward and backward pass; the gradient does not depend on it")
     sample_rows: int = option(1024, "completions sampled side by side, but at least those of one problem")
@@ -206,7 +206,7 @@ def ended(reason: Exception | str, status: int = 2, alone: bool = False) -> int:
     return status
 
 
-if __name__ == "__main__":  # what is wrong is told before torch and transformers, which take seconds to import
+if __name__ == "__main__":  # what is wrong is told before torch and transformers take seconds; `run` reads it again
     if os.environ.get("LOCAL_RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress; tqdm asks as it is imported
     os_signal.signal(os_signal.SIGINT, lambda *_: os._exit(ended("stopped", 130)))  # until `main` takes over
@@ -279,8 +279,8 @@ def unwatched(name: str, model, **about) -> None:
 
 def passes(model, optimizer, rollouts: Rollouts, size: int, updates: int, seed: int, stage: str, watch: Callable,
            memory: Memory, more: dict) -> Iterator:
-    """(rows, updates done before, show) of each update, in passes over the stored batch. `show(numbers)` puts its numbers
-    on the progress bar and into `memory`.
+    """(rows, updates done before, show) of each update, in passes over the stored batch. `show(numbers)` puts them on
+    the progress bar and into `memory`.
 
     `watch` is called with update=… at checkpoints on the way. At the end of a pass, now and then, `memory` takes all
     that the stage needs to go on, and `more`; where a stage goes on, `more` is filled in again, in place.

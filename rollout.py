@@ -289,7 +289,7 @@ def completion_stats(model, rollouts: Rollouts, temperature: float = 1.0, *, wit
     ids, inside = part.ids[:, :-1], part.mask.bool()
     # The distribution of a token is the output one position before it; nothing else reaches the output layer.
     before = (torch.arange(len(part))[:, None] * ids.shape[1] + part.completion_positions - 1)[inside]
-    place = (inside.flatten().cumsum(0).view_as(inside) * inside)[copy_of]  # 1, 2, 3 …, and 0 after the end
+    place = (inside.flatten().cumsum(0).view_as(inside) * inside)[copy_of]  # rows of `stats`, from 1; 0 after the end
     chosen = part.completions[inside]
     ids, before, chosen, place = (x.to(model.device, non_blocking=True) for x in (ids, before, chosen, place))
     if reference is not None:
