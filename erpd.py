@@ -579,8 +579,8 @@ def grpo(base, tokenizer, problems: Sequence[Problem], config: Config, *, seed: 
                 stage=f"grpo, {rollouts.rewards.mean():.1%} right")
         if update in checkpoints(len(batches)):
             watch("grpo", model, update=update)
-        memory.put_stage("grpo", model, optimizer, {}, update)
         memory.note("grpo", update - 1, {"right": rollouts.rewards.mean().item()})
+        memory.put_stage("grpo", model, optimizer, {}, update)
     return model
 
 
