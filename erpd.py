@@ -12,10 +12,10 @@ One round, with π_0 the policy it starts from (`one_round` below says the same 
 4. *Distil* (stage 2). From π_0 again, learn from δ_t on the same batch inside a trust region, with a KL budget.
 5. *Next round.* π_0 ← the student, with new problems.
 
-Beside PPO or GRPO: one batch serves many passes, and π_old, which sampled it, never moves. By default the explorer has
-no KL term and no clip that closes. Only its opinion of the stored tokens is used, so that it may be worse than π_0.
-That opinion is the distiller's advantage, token by token: no critic, and no outcome. And the distiller's KL is exact,
-with a coefficient that follows from the KL you are willing to spend.
+Compared with PPO or GRPO: one batch serves many passes, and π_old, which sampled it, never moves. By default the
+explorer has no KL term and no clip that closes. Only its opinion of the stored tokens is used, so it may be worse than
+π_0. That opinion is the distiller's advantage, token by token: no critic, and no outcome. And the distiller's KL is
+exact, with a coefficient that follows from the KL you are willing to spend.
 
 The paper's equations could not be read in full when this was written: README.md says what is a reconstruction.
 """
@@ -85,7 +85,7 @@ class Config:
     beta: float = option(1.0, "scale β of the sequence log-ratio in ce and mse")
     clip_low: float = option(0.2, "ε_low of the loss clip", zero=True)
     clip_high: float = option(0.28, "ε_high of the same", zero=True)
-    kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) in the loss of these three", zero=True)
+    kl_coef: float = option(0.0, "coefficient of an exact KL(π_θ‖π_0) in all losses but the distiller's", zero=True)
     unlearn_loss: str = option("mse", "the unlearned policy's loss, with reversed targets", "mse")
     unlearn_updates: int = option(32, "updates of the unlearned policy, in batches like the explorer's")
 
@@ -232,7 +232,7 @@ from rollout import (Memory, Rollouts, added_up, autocast, collect, completion_s
 def optimise(model, optimizer, rollouts: Rollouts, advantage: Tensor, objective: Callable, config: Config, stage: str,
              reference=None) -> dict[str, float]:
     """One update of `model` on some of the stored completions, in micro-batches; returns the loss before it, the
-    entropy, nats a token, and the KL to π_0, nats a completion, estimated (kl.on_policy_kl).
+    entropy, nats a token, and the KL to `reference`, or to what sampled them, nats a completion (kl.on_policy_kl).
 
     advantage is [B, T], as wide as the stored batch. `objective(stats, part, advantage, tokens, completions)` gives the
     loss of a micro-batch from the policy's `stats`: log-probs, entropy and, with the `reference` π_0, exact KL to it,
@@ -309,7 +309,7 @@ def explorer_loss(name: str, log_prob: Tensor, part: Rollouts, advantage: Tensor
                   config: Config) -> Tensor:
     """One of the explorer's losses on a micro-batch, to be minimised [].
 
-    log_prob is log π_θ(y_t|s_t) [B, T], advantage Â [B, 1]; ρ_t = π_θ/π_0 and R = β Σ_t log ρ_t.
+    log_prob is log π_θ(y_t|s_t) [B, T], Â [B, 1] or [B, T], equal along a row; ρ_t = π_θ/π_0 and R = β Σ_t log ρ_t.
 
         sapo   −mean_t f(ρ_t)·Â                        kl.soft_gate_surrogate
         clip   −mean_t min(ρ_t·Â, clip(ρ_t)·Â)         kl.clipped_surrogate
@@ -338,8 +338,8 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
             start: tuple | None = None):
     """Stage 1: many off-policy updates on the fixed batch, from π_0 = `base`; returns the policy they end in.
 
-    advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs, which are π_0's. `start` is a (model,
-    optimizer) to go on with instead. For the unlearned policy give targets reversed: −Â, and rollouts with 1 − r.
+    advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs: π_0's, or in GRPO those of the policy as it
+    is now, a (model, optimizer) to `start` from. For the unlearned policy give targets reversed: −Â and 1 − r.
     """
     if advantage.shape != rollouts.rewards.shape:
         raise ValueError(f"explore takes one advantage a completion, not {tuple(advantage.shape)}")
@@ -419,13 +419,13 @@ def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Con
 
         maximise  mean_t min(ρ_t·A_t, clip(ρ_t)·A_t) − λ·mean_t KL_t(π_θ‖π_0),      A_t = bounded δ_t / rms(δ) − b
 
-    KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ begins at 1/√budget, in proportion to the
-    slope of what is gained, which grows like √KL, and follows by dual ascent: its multiplier rises while the KL on the
+    KL_t is exact over the vocabulary, at the prefixes of the stored batch. λ begins at 1/√budget (what is gained grows
+    like √KL, so its slope goes like 1/√KL) and follows by dual ascent: its multiplier rises while the KL on the
     policy's own prefixes, estimated from the stored ones (kl.on_policy_kl), is above the budget, and falls below. A
-    budget of a nat or more may be more than is of use, and is a bound, no goal: there the multiplier falls to
+    budget of a nat or more may be more than is of use, and is a bound, not a goal: there the multiplier falls to
     `lambda_floor` of its start at most. The outcome Â is not mixed in: what the student learns, it has from δ_t alone.
 
-    What single updates add is noise, and noise costs KL. So b is a baseline of little variance; below a nat the
+    What single updates add is noise, and noise costs KL. So b is a baseline that lowers it; below a nat the
     learning rate goes like √budget, as the distance that may be gone; and the student is the mean of its weights over
     the second half of the updates (Polyak and Ruppert), while the rate falls to half.
     """
@@ -464,7 +464,7 @@ def within_budget(base, student, tokenizer, problems: Sequence[Problem], budget:
     """The student, moved back towards π_0 until its on-policy KL is within the budget; and that KL, nats a completion.
 
     The KL of a policy is known only from its own samples: for each trial four completions of at most 128 of the
-    problems, all with the same noise. Their rewards are not used.
+    problems, all with the same noise (on the batch's own problems, that of the batch). Their rewards are not used.
     """
     def measure(alpha: float) -> float:
         policy = kl.interpolated(base, student, alpha)
@@ -513,8 +513,8 @@ def one_round(base, tokenizer, problems: Sequence[Problem], config: Config, *, s
               watch: Callable = unwatched, memory: Memory = Memory(), others: Sequence[Problem] = ()):
     """A round of ERPD from π_0 = `base`, which stays as it is; returns the student. `memory` takes batch and signal.
 
-    The KL is checked on problems of other rounds, `others`: on its own a late student was trained to spend little. One
-    round spent 0.03 nats there and 0.27 elsewhere, and lost 6 points. Without others it is checked on its own.
+    The KL is checked on problems of other rounds, `others`, since its own can mislead: in an earlier version one round
+    spent 0.03 nats there and 0.27 elsewhere, and lost 6 points. Without others it is checked on its own.
     """
     rollouts, advantage = stored_batch(base, tokenizer, problems, config, seed, memory)
 
@@ -627,8 +627,8 @@ def run(config: Config, folder: Path) -> list[dict]:
             watch(1, "base", first, max(config.test_samples, config.limit_samples))
             for k in range(last["round"] + 1, len(problems) // size + 1):
                 here, start, end = memory.inside(f"round-{k}"), (k - 1) * size, k * size
-                one = partial(one_round, others=problems[end:] + problems[:start])
-                one = {"erpd": one, "grpo": grpo}.get(config.method, direct)
+                others = problems[end:] + problems[:start]
+                one = {"erpd": partial(one_round, others=others), "grpo": grpo}.get(config.method, direct)
                 policy = one(policy, tokenizer, problems[start:end], config, seed=config.seed * 1000 + k,
                              watch=partial(watch, k), memory=here)
                 if config.method != "erpd":

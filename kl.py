@@ -58,6 +58,8 @@ def log_ratio_of(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p - log_q).masked_fill_(log_p == -torch.inf, 0.0)
 
 
+# For notebook 3, which compares them; training and reports take exact_kl, an explorer's bar k3_off_policy.
+
 def k1(log_prob: Tensor, reference: Tensor) -> Tensor:
     """log π − log π_0 on sampled tokens: unbiased for KL(π‖π_0) under y ~ π, noisy, and its gradient has mean zero."""
     return log_prob - reference

@@ -214,7 +214,7 @@ class Rollouts:
 
     @staticmethod
     def concatenate(parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
-        """One batch from several, padded to the widest. A group is what has one number, also in two of them."""
+        """One batch from several, padded to the widest. Equal group numbers mean one group, also across parts."""
         return Rollouts(ids=pad_sequence([row for p in parts for row in p.ids], batch_first=True, padding_value=pad_id),
                         log_probs=pad_sequence([row for p in parts for row in p.log_probs], batch_first=True),
                         **{name: torch.cat([getattr(p, name) for p in parts])
@@ -248,7 +248,7 @@ def micro_batches(rollouts: Rollouts, tokens_per_step: int) -> list[Tensor]:
 # -------------------------------------------------------------------------------------------------------------- scoring
 
 def output_embedding(model) -> Tensor | None:
-    """W [V, d] of a model whose logits are h Wᵀ, as it is asked once; None where they are biased, scaled or capped."""
+    """W [V, d] if the model's logits are h Wᵀ, which is tested once; None if they are biased, scaled or capped."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear) or layer.bias is not None or model.base_model is model:
         return None
@@ -341,7 +341,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
 def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float, stop: Tensor,
            pad_id: int) -> tuple[Tensor, Tensor]:
     """(tokens, their log-probs) [B, T] on the CPU, sampled with the noise `uniform` [B, T]; what follows a stop id is
-    anything. The log-probs come from the very logits that were sampled.
+    undefined. The log-probs come from the very logits that were sampled.
     """
     (total, steps), device = uniform.shape, model.device
     logits, attention, position, cache = prefill(model, prompts, total, steps, pad_id)
@@ -394,8 +394,8 @@ def prefill(model, prompts: Sequence[Sequence[int]], total: int, steps: int, pad
 
 
 def context_of(config) -> float:
-    """Tokens up to which positions are what they are. With longrope those of a whole batch are others, once one of its
-    rows is longer than the original context."""
+    """The context within which positions keep their meaning. With longrope one row beyond the original context changes
+    those of the whole batch."""
     rope = getattr(config, "rope_parameters", None) or {}
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     limits += [rope["original_max_position_embeddings"]] if rope.get("rope_type") == "longrope" else []
@@ -563,7 +563,7 @@ class Memory:
                 path.stem in names or path.unlink()
 
     def note(self, name: str, done: int, numbers: dict[str, float]) -> None:
-        """Line done + 1 of name.jsonl, for a person to plot; what a stopped run had written from there on goes."""
+        """Line done + 1 of name.jsonl, for a person to plot; later lines, of a run that was stopped, are dropped."""
         if self.folder and not rank():
             self.folder.mkdir(parents=True, exist_ok=True)
             path, beside = (self.folder / f"{name}.{end}" for end in ("jsonl", "part"))
@@ -596,7 +596,7 @@ class Memory:
 # in `collect`, of the micro-batches in `micro_batches`. What they find is put together at once, so that all stay alike.
 
 def join(device: str = "auto") -> None:
-    """Become one of the processes that torchrun has started, if it has, on a GPU of its own where there are some."""
+    """Join torchrun's process group where there is one, each process with a GPU of its own where there are GPUs."""
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
     if ":" in device:
