@@ -95,9 +95,9 @@ class Bench:
     def __init__(self, stage: Stage, folder: Path, rows: list[dict]):
         self.stage, self.config, self.folder, self.rows = stage, stage.config, folder, rows
         self.seed = self.config.seed * 1000 + 1  # of the first round, as in erpd.run
-        folder.mkdir(parents=True, exist_ok=True)
+        self.weights = rollout.Memory(folder)
         self.problems, self.held_out = self.draw()
-        self.first = self.problems[:self.config.problems]  # the stored batch's
+        self.first = self.checked = self.problems[:self.config.problems]  # the stored batch's; and the KL's
         self.base, self.tokenizer = self.load(self.config.model)
 
     def draw(self) -> tuple[list[Problem], list[Problem]]:
@@ -139,13 +139,14 @@ class Bench:
 
     def policy(self, name: str, job: Callable, at: int | None = None):
         """What a job left in the folder, by update where it left several."""
-        path = self.folder / f"{name}.pt"
-        if not path.exists():  # then the job runs again, and its rows do not count
+        if (weights := self.weights.get(name)) is None:  # then the job runs again, and its rows do not count
             counted = len(self.rows)
             job()
             del self.rows[counted:]
-        weights, model = torch.load(path, map_location="cpu", weights_only=True), copy.deepcopy(self.base)
-        model.load_state_dict(weights[at] if at else weights)
+            weights = self.weights.get(name)
+        model = copy.deepcopy(self.base)
+        # Made again on a GPU, the best and only one kept may be of another update.
+        model.load_state_dict(weights.get(at, [*weights.values()][-1]) if at else weights)
         return model
 
     def until_it_stops(self, loss: str, lr: float, kl_coef: float = 0.0) -> None:
@@ -172,7 +173,7 @@ class Bench:
             if done >= least and row["accuracy"] <= last:
                 break
             last = row["accuracy_interval"][1]
-        torch.save(kept, self.folder / f"{loss}-{lr:g}-{kl_coef:g}.pt")
+        self.weights.put(f"{loss}-{lr:g}-{kl_coef:g}", kept)
 
     def direct(self, loss: str, kl_coef: float = 0.0) -> dict[str, Callable]:
         """The jobs of a direct method, by learning rate."""
@@ -196,7 +197,8 @@ class Bench:
             between = kl.interpolated(self.base, model, share)
             if kind == "logits":
                 between = Combined([self.base, model], [1 - share, share])
-            self.measure(between, method=f"{kind}: {loss}", path=f"lr {best['lr']:g}, update {best['at']}", at=share)
+            self.measure(between, method=f"{kind}: {loss}", path=f"lr {best['lr']:g}, update {best['at']}", at=share,
+                         rollouts=best["rollouts"])
 
     def grpo(self, lr: float, times: int) -> None:
         """On-policy GRPO with `times` the stored batch's rollouts, measured from a quarter of them on."""
@@ -211,7 +213,7 @@ class Bench:
 
         model = erpd.grpo(self.base, self.tokenizer, problems, config, seed=self.config.seed, watch=watch)
         watch("grpo", model, steps)
-        torch.save(model.state_dict(), self.folder / f"grpo-{lr:g}-{times}.pt")
+        self.weights.put(f"grpo-{lr:g}-{times}", model.state_dict())
 
     def unlearned(self, rollouts: rollout.Rollouts, advantage: Tensor):
         """The policy that is taught the reverse."""
@@ -239,7 +241,7 @@ class Bench:
         """Stage 2 as in erpd.one_round, at a budget; `settings`: in place of the stage's."""
         config = replace(self.config, **settings or {})
         student = erpd.distill(self.base, self.rollouts, signal, budget, config, seed=self.seed)
-        student, spent = erpd.within_budget(self.base, student, self.tokenizer, self.first, budget, config, self.seed)
+        student, spent = erpd.within_budget(self.base, student, self.tokenizer, self.checked, budget, config, self.seed)
         self.measure(student, **{"at": budget, **about}, budget=budget, spent=spent, rollouts=len(self.rollouts))
 
     def ladder(self, method: str, kind: str, budgets: tuple[float, ...], **settings) -> None:
@@ -363,8 +365,11 @@ def run_stage(stage: Stage, results: Path, folder: Path, at: type[Bench] = Bench
             if time.monotonic() >= until:
                 return
             before = len(bench.rows)
-            with rollout.autocast(stage.config.precision, bench.base.device):
-                work()
+            try:
+                with rollout.autocast(stage.config.precision, bench.base.device):
+                    work()
+            except FloatingPointError:  # what it came to before counts, and later jobs go on
+                print(f"{key}: {name} diverged", file=sys.stderr)
             rows = [mine | {"job": name} | row for row in bench.rows[before:]]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             with open(results, "ab", buffering=0) as file:  # one write: stages append whole jobs
