@@ -117,7 +117,7 @@ def load_splits(source: str) -> dict[str, list[dict]]:
     try:
         return load_dataset(kind, data_files=source) if kind == "parquet" else load_dataset(path, config or None)
     except Exception as error:  # some twenty kinds, for the network, the name, the config, the file
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise InputError(f"cannot load the data set {source}: {reason}") from error
 
 

@@ -68,7 +68,8 @@ def load_policy(name: str, device: str | torch.device = "cpu"):
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)  # a CUDA graph is captured on the current one
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {str(device)!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(f"--device {str(device)!r} cannot be used: {reason}") from None
     try:
         with torch.no_grad():  # what another second token changes, at the first position and at its own
             output = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=device), use_cache=True)
@@ -231,8 +232,7 @@ def mini_batches(rollouts: Rollouts, size: int, generator: torch.Generator) -> l
 
 def micro_batches(rollouts: Rollouts, tokens_per_step: int) -> list[Tensor]:
     """Row indices in batches of like lengths, the longest first: at most `tokens_per_step` each, padding included,
-    but at least one row. Copies of a row share its batch and count once. Of several processes, each has its share.
-    """
+    but at least one row. Copies of a row share its batch and count once. Of several processes, each has its share."""
     rows, copy_of = rollouts.distinct()
     order = rollouts.total_length[rows].argsort(descending=True, stable=True)
     lengths, batches, start = rollouts.total_length[rows[order]].tolist(), [], 0
@@ -262,11 +262,9 @@ def output_embedding(model) -> Tensor | None:
 
 
 def completion_states(model, ids: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(hidden states [N, d] of the tokens `before` [N] in rows of ids [n, L], output embedding); or logits and None.
-
-    Padding is on the right, where causal attention never looks from inside a completion: no attention mask is needed.
-    """
+    """(hidden states [N, d] of the tokens `before` [N] in rows of ids [n, L], output embedding); or logits and None."""
     weight = output_embedding(model)
+    # Padding is on the right, where causal attention never looks from inside a completion: no attention mask is needed.
     if weight is None:
         return model(input_ids=ids, use_cache=False).logits.flatten(0, 1).index_select(0, before), None
     states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, before)
@@ -341,8 +339,7 @@ def sample(model, prompts: Sequence[Sequence[int]], group: int, *, max_new_token
 def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float, stop: Tensor,
            pad_id: int) -> tuple[Tensor, Tensor]:
     """(tokens, their log-probs) [B, T] on the CPU, sampled with the noise `uniform` [B, T]; what follows a stop id is
-    undefined. The log-probs come from the very logits that were sampled.
-    """
+    undefined. The log-probs come from the very logits that were sampled."""
     (total, steps), device = uniform.shape, model.device
     logits, attention, position, cache = prefill(model, prompts, total, steps, pad_id)
     width, stop = attention.shape[1] - steps, stop.to(device)
@@ -371,18 +368,15 @@ def decode(model, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature
 
 def prefill(model, prompts: Sequence[Sequence[int]], total: int, steps: int, pad_id: int):
     """The prompts, run once, for `total` samples, as many of each: (logits of the first token [B, V], which columns of
-    prompt and `steps` tokens hold any [B, L], positions of the prompts' last tokens [B, 1], keys and values).
-
-    Prompts are padded on the left, so that all sequences end in the same column.
-    """
-    prompt_length = torch.tensor([len(p) for p in prompts])
-    width = int(prompt_length.max())
-    left_padded = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    attention = torch.arange(width + steps) >= (width - prompt_length)[:, None]
-    position = torch.arange(width) - (width - prompt_length)[:, None]
-    attention, position = attention.long().to(model.device), position.clamp(min=0).to(model.device)
-    seen = attention[:, :width] if prompt_length.min() < width else None
-    output = model(input_ids=left_padded, attention_mask=seen, position_ids=position, use_cache=True, logits_to_keep=1)
+    prompt and `steps` tokens hold any [B, L], positions of the prompts' last tokens [B, 1], keys and values)."""
+    # Padded on the left, all prompts end in the same column.
+    ids = pad_sequence([torch.tensor(p) for p in prompts], True, pad_id, padding_side="left").to(model.device)
+    width = ids.shape[1]
+    padding = torch.tensor([width - len(p) for p in prompts])
+    position = (torch.arange(width + steps) - padding[:, None]).to(model.device)
+    attention, position = (position >= 0).long(), position[:, :width].clamp(min=0)
+    seen = attention[:, :width] if padding.any() else None
+    output = model(input_ids=ids, attention_mask=seen, position_ids=position, use_cache=True, logits_to_keep=1)
     prompt_of = torch.arange(total, device=model.device) // (total // len(prompts))
     layers = output.past_key_values.layers
     for k, layer in enumerate(layers):
@@ -422,7 +416,7 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
     pad_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     by_length = by_length[rank()::ranks()]  # this process's share
-    parts, right, done = [], 0.0, 0
+    parts = []
     with tqdm(total=len(by_length) * group, desc=desc, unit="completion", leave=False) as bar:
         per_batch = max(1, rows // group)
         for start in range(0, len(by_length), per_batch):
@@ -433,9 +427,8 @@ def collect(model, tokenizer, problems: Sequence[Problem], group: int, *, max_ne
             part.rewards = torch.tensor([reward(text, problems[g].answer) for text, g in
                                          zip(completion_texts(tokenizer, part), part.groups.tolist())])
             parts.append(part)
-            right, done = right + part.rewards.sum().item(), done + len(part)
             bar.update(len(part))
-            bar.set_postfix(right=f"{right / done:.1%}")
+            bar.set_postfix(right=f"{torch.cat([p.rewards for p in parts]).mean():.1%}")
     rollouts = Rollouts.concatenate(gathered(parts), pad_id)
     if not rollouts.log_probs.isfinite().all():  # asked when all processes know it
         raise InputError("the policy's logits are not finite: try --precision fp32, a lower learning rate before, or a "
@@ -456,9 +449,8 @@ def pass_at_k(rewards: Tensor, k: int) -> Tensor:
     n = rewards.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs at least {k} samples a problem, not {n}")
-    wrong = n - rewards.sum(1).long()
-    table = torch.tensor([1 - math.comb(w, k) / math.comb(n, k) for w in range(n + 1)], dtype=torch.float64)
-    return table.to(rewards.device)[wrong]
+    right = rewards.sum(1).long().tolist()
+    return rewards.new_tensor([1 - math.comb(n - c, k) / math.comb(n, k) for c in right], dtype=torch.float64)
 
 
 def bootstrap_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -473,7 +465,7 @@ def bootstrap_interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tupl
 @torch.no_grad()
 def divergence(model, reference, rollouts: Rollouts, temperature: float = 1.0,
                tokens_per_step: int = 8192) -> dict[str, float]:
-    """Exact KL(π‖π_0), nats a completion and a token, and entropy, on `rollouts` that `model` itself has sampled."""
+    """Exact KL(π‖π_0), nats a completion and a token, and entropy, nats a token, on `rollouts` of `model` itself."""
     kl_sum = entropy_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     other = None if reference is model else reference
     for rows in tqdm(micro_batches(rollouts, tokens_per_step), desc="exact KL", leave=False):
@@ -490,9 +482,8 @@ def evaluate(model, reference, tokenizer, problems: Sequence[Problem], samples: 
     """A policy's accuracy and its distance from `reference`, on fresh samples of its own.
 
     accuracy: avg@k, the share of right completions, k = `samples`; pass: unbiased pass@k, k = `pass_k`, or `samples`
-    where they are fewer; both with 95 % intervals by bootstrap over problems. kl, kl_token: exact KL(π‖π_0) in nats a
-    completion and a token; entropy: nats a token; length: tokens a completion; pass_rates: accuracy on each problem.
-    `sampling` is what `collect` takes: Config.sampling has it.
+    where they are fewer; both with 95 % intervals by bootstrap over problems. length: tokens a completion; pass_rates:
+    accuracy on each problem; and what `divergence` gives. `sampling` is what `collect` takes: Config.sampling has it.
     """
     rollouts = collect(model, tokenizer, problems, samples, temperature=temperature, desc=desc, **sampling)
     rewards = rollouts.rewards.view(len(problems), samples)
@@ -516,7 +507,7 @@ class Memory:
     """
 
     def __init__(self, folder: Path | None = None, of: str = ""):
-        self.folder, self.of, self.due = folder, of, 0.0
+        self.folder, self.of, self.due = (folder if rank() == 0 else None), of, 0.0  # the first process keeps it all
 
     def inside(self, name: str) -> "Memory":
         return Memory(self.folder and self.folder / name, self.of)
@@ -524,7 +515,7 @@ class Memory:
     def get(self, name: str, wanted: Callable = lambda value: True):
         """What was put there, tensors on the CPU; None where there is nothing, or nothing that is `wanted`, which is
         asked before other processes are sent gigabytes. Raises InputError."""
-        value = None if rank() else self.read(name)
+        value = self.read(name)
         values = [value if value is not None and wanted(value) else None]
         if ranks() > 1:
             dist.broadcast_object_list(values)
@@ -546,25 +537,24 @@ class Memory:
         return value
 
     def put(self, name: str, value) -> None:
-        if self.folder is None or rank():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.folder / f"{name}.part"
-        with open(beside, "wb") as file:
-            torch.save({"of": self.of, "value": value}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.folder / f"{name}.pt")
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = self.folder / f"{name}.part"
+            with open(beside, "wb") as file:
+                torch.save({"of": self.of, "value": value}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.folder / f"{name}.pt")
 
     def keep(self, *names: str) -> None:
         """Remove all but these."""
-        if self.folder and not rank():
+        if self.folder:
             for path in self.folder.glob("*.pt"):
                 path.stem in names or path.unlink()
 
     def note(self, name: str, done: int, numbers: dict[str, float]) -> None:
         """Line done + 1 of name.jsonl, for a person to plot; later lines, of a run that was stopped, are dropped."""
-        if self.folder and not rank():
+        if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             path, beside = (self.folder / f"{name}.{end}" for end in ("jsonl", "part"))
             before = path.read_text().splitlines(True)[:done] if path.exists() else []
@@ -688,13 +678,12 @@ def decode_in_graphs(model, prompts: Sequence[Sequence[int]], uniform: Tensor, t
     if model.config._attn_implementation != "sdpa" or any(type(layer) is not GrowingLayer for layer in begun.layers):
         raise InputError(f"--cuda-graph 1 cannot sample from {type(model).__name__}: it needs sdpa attention to the "
                          "keys and values of all tokens")
-    columns = torch.arange(attention.shape[1], device=device)
-    width, stop, t = len(columns) - steps, stop.to(device), torch.zeros(1, dtype=torch.long, device=device)
-    cache = Cache(layers=[FixedLayer(len(columns)) for _ in begun.layers])
+    width, stop, t = attention.shape[1] - steps, stop.to(device), torch.zeros(1, dtype=torch.long, device=device)
+    cache = Cache(layers=[FixedLayer(width + steps) for _ in begun.layers])
     for layer, old in zip(cache.layers, begun.layers):
         layer.update(old.keys, old.values)
     del begun, old
-    seen = attention.bool()[:, None, None] & (columns < width)  # [B, 1, 1, L], as sdpa takes it
+    seen = F.pad(attention[:, None, None, :width].bool(), (0, steps))  # [B, 1, 1, L], as sdpa takes it
     row, going = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
     tokens, log_probs = torch.full((total, steps), pad_id, device=device), torch.zeros(total, steps, device=device)
 

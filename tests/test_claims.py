@@ -87,7 +87,6 @@ def test_the_least_kl_of_mending_lost_chains_too_by_enumeration_and_by_search():
     assert 0.999 < over.min() < 1.02
 
 
-
 def test_a_path_that_ends_while_it_rises_is_named():
     """Mistake: an opponent stopped before its time, and a win for it."""
     def path(*accuracies):

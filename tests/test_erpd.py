@@ -423,7 +423,7 @@ def test_the_settings_reach_every_stage(stage, tmp_path, monkeypatch):
         "micro_batches": {300}, "group_advantages": {"loo"}, "autocast": {"fp32"}, "encode_prompt": {"{question}\n"},
         "sample": {8, 16}, "clipped_surrogate": {(5.0, 5.0)}, "trainable": {(1e-4, 1), (4e-4, 1)},
         "normalised": {(), (2.0,)}, "mini_batches": {3001, 3002}, "explorer_loss": {"ce", "mse", "nll"},
-        "collect": {("rollouts", 8, 8), ("spending check", 8, 4)}, "evaluate": {(4, 2), (2, 2), (1, 1)}}
+        "collect": {("rollouts", 8, 8), ("spending check", 8, 4)}, "evaluate": {(4, 2), (2, 2), (1, 2)}}
 
 
 def test_spending_is_checked_on_the_problems_of_other_rounds(tmp_path, monkeypatch):
