@@ -297,9 +297,9 @@ def language_model(model: str) -> list[Stage]:
         "test_problems": 27, "test_samples": 4, "limit_samples": 16, "explore_lr": 1e-5, "explore_batch": 16,
         "explore_updates": 16, "unlearn_updates": 6, "distill_lr": 1e-5, "distill_batch": 16, "distill_updates": 24,
         "tokens_per_step": 1100, "sample_rows": 256, "precision": "fp32"}
-    only = *frontier(1e-5), "grpo 4× 1e-05", "rounds", "expert iteration"
+    only = *frontier(1e-5), "control", "grpo 4× 1e-05", "rounds", "expert iteration"
     return [Stage("SmolLM2", config(seed=seed, model=model, **sums(SCRATCH), **settings), rates=(1e-5,), least=16,
-                  nll_least=16, most=64, budgets=(), batches=6, grpo=(4,), only=only) for seed in range(2)]
+                  nll_least=16, most=64, budgets=(), batches=6, grpo=(4,), only=only) for seed in range(4)]
 
 
 def main() -> None:
