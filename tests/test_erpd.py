@@ -175,7 +175,7 @@ def test_every_pass_takes_the_whole_batch_in_an_order_of_its_own(stage):
 def test_the_progress_bars_show_what_one_wants_to_watch(stage, monkeypatch, capsys):
     """Mistake: a bar that counts, and says nothing of loss, KL, entropy and λ."""
     base, _, _, rollouts = stage
-    monkeypatch.setattr(erpd, "tqdm", partial(tqdm, mininterval=0))
+    monkeypatch.setattr(erpd, "tqdm", partial(tqdm, mininterval=0, disable=False))
     explored(base, rollouts, Config(**SMALL), loss="sapo", updates=2)
     erpd.distill(base, rollouts, rollouts.mask, 1.0, Config(**SMALL))
     explorer, distiller = capsys.readouterr().err.split("student on its way", 1)
