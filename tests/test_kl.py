@@ -130,6 +130,15 @@ def test_token_stats_are_those_of_all_the_logits(temperature, chunk, has_weight,
             assert_relative(gradient(loss.sum(), of), gradient(theirs.sum(), of))
 
 
+def test_definitions_on_a_batch():
+    """Mistake: an axis counted from the front, right for tokens [N, V] and wrong for completions [B, T, V]."""
+    log_p, log_q, ids = random_log_probs(2, 3, 5), random_log_probs(2, 3, 5, seed=1), torch.tensor([[4, 0, 2], [1, 1, 3]])
+    p, q = Categorical(logits=log_p), Categorical(logits=log_q)
+    assert_close(kl.token_log_probs(log_p, ids), p.log_prob(ids))
+    assert_close(kl.entropy(log_p), p.entropy())
+    assert_close(kl.exact_kl(log_p, log_q), kl_divergence(p, q))
+
+
 def test_token_stats_where_tokens_have_no_probability():
     """Mistake: 0·log 0 = NaN. Tokens barred in the policy count nothing, nor does their gradient, barred in the
     reference or not; one that only the reference never chooses makes KL infinite."""
