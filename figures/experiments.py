@@ -38,6 +38,7 @@ class Stage:
     most: int = 2048
     nll_least: int = 512  # of cross-entropy, the strongest
     budgets: tuple[float, ...] = (0.25, 0.5, 0.9, 1.4)  # the students', nats; none: the round's
+    further: tuple[float, ...] = ()  # where they still became better at the last of these; not with twice the updates
     steps: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of the way that policies are moved back to
     batches: int = 8  # as many stored batches' problems are drawn: for methods that take new ones
     all_weights: bool = True  # of checkpoints are kept; False: the best one's
@@ -324,8 +325,8 @@ def jobs(bench: Bench) -> dict[str, Callable[[], object]]:
     for loss in "sapo", "nll", "mse", "ce", "clip":
         plan |= bench.direct(loss)
     plan |= {"unlearned policy": bench.measure_unlearned,
-             "erpd": partial(bench.ladder, "erpd", "contrast", stage.budgets),
-             "erpd, unlearned": partial(bench.ladder, "erpd, unlearned", "unlearned", stage.budgets),
+             "erpd": partial(bench.ladder, "erpd", "contrast", stage.budgets + stage.further),
+             "erpd, unlearned": partial(bench.ladder, "erpd, unlearned", "unlearned", stage.budgets + stage.further),
              "weights: nll": partial(bench.steps_back, "nll", "weights"),
              "weights: sapo": partial(bench.steps_back, "sapo", "weights")}
     # With a floor under λ the control spends less of its budget, and is weaker.
