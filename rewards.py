@@ -185,20 +185,21 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "std") -> Tens
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|([^\s{}$]+))")
 STATEMENT = re.compile(r"(?i)\banswer(?: (?:to|of|for) [^.:=\n]{1,60}?)?[\s*]{0,4}(?:is\b|equals\b|:|=)[\s:*=]{0,10}")
-REASON = re.compile(r",?\s\(?(?:because|since|so|which|where|hence|thus|therefore|given|by(?!\s\S*\d)|as\s\w+ed)\b")
+REASON = re.compile(r",?\s\(?(?:because|since|which(?! is (?:wrong|incorrect))|where|given|by(?!\s\S*\d)|as\s\w+ed)\b")
+SO = re.compile(r"[,;]?\s\(?(?:so(?! far| many| much)|hence|thus|therefore)\b")
 ASIDE = re.compile(r"^not\s.*\sbut\s|(?:,|\sand|\sbut)\snot\s.*|\sis (?:the|our|my)\b[a-z ]*\banswer$"
                    r"|^(?:(?:therefore|then|simply|just|exactly|about|approximately|equal to|option),?\s)+")
 # Where a formula may begin after a word, and what before it makes it a part of what is said, or not said at all.
 START = re.compile(r"(?<=[A-Za-z][a-z,:]\s)(?=[-−+$€£\\(\[{|.√\d]|[A-Za-z](?![a-z])|[A-Z]+\b)")
 UNSAID = re.compile(r"(?i)\b(?:not|\w+n't|never|cannot|false|wrong)\b(?!.*\bbut\b)|\b(?:is|are)\b.*\d.*\b(?:is|are)\b"
-                    r"|\\[a-z]+\s*$|(?:half|third|quarter)\s+of\s*$|\d\S*\s+(?!is|are)[a-z]+\s*$|\b(?:by|in)\s*$")
+                    r"|(?:\\[a-z]+|\d\S*\s+(?!is|are)[a-z]+|\b(?:by|in|every|(?:half|third|quarter|factors?) of))\s*$")
 
 
 def extract_answer(text: str) -> str | None:
     """The answer that a completion states in its last 10,000 characters, as text, or None.
 
     In this order: the last balanced \\boxed{…} or \\fbox{…} that is not empty; the last `#### …`; the last "the answer
-    is …" or "Answer: …"; the formula that ends the last sentence. Where a text is ambiguous:
+    is …" or "Answer: …"; the formula that ends the last sentence, or its conclusion ("so …"). What is ambiguous:
     - An unclosed box and all after it is ignored, an earlier one counts: `\\boxed{1` may have been on its way to 12.
     - A statement is taken whole, to the end of its sentence or to a reason ("because …"): no part of "5 or 7" is the
       answer. "The largest n is 34" says 34, "not 4 but 5" says 5, and "5!" at the end of a sentence is no factorial.
@@ -231,7 +232,7 @@ def stated(line: str, said: bool) -> str | None:
     answer is" (`said`), these words must end in is, are or be."""
     if not said and (step := re.fullmatch(r"(?:.*;)?(?:[\d\s.,+*/()×÷$%−-]+=)+([^=]+?)[\s.]*", line)):
         return step[1].strip()  # 37+48=85;85+25=110
-    line = ASIDE.sub("", REASON.split(line)[0].rstrip(" *`.!?").lstrip(" *`"))
+    line = ASIDE.sub("", REASON.split(SO.split(line)[0 if said else -1])[0].rstrip(" *`.!?").lstrip(" *`,"))
     starts = [start.start() for start in START.finditer(line) if line[:start.start()].count("$") % 2 == 0]
     for start in [0, *starts[-12:]]:
         word = line[:start].lower().rstrip(" ,:").rpartition(" ")[2]
@@ -278,8 +279,9 @@ UNITS = invert({  # without the s of the plural
 # After a number, what is no unit counts, as apples do. But these words, there or before, change what the number says.
 MODIFIERS = {*MULTIPLES, *(
     "and or as not but nor neither either than less more fewer least most minus plus times over out to from between "
-    "unless if when except without half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth score "
-    "pair couple twice double squared cubed factorial remainder modulo mod below negative wrong th st nd rd").split()}
+    "unless if when except without half halve halved third quarter fourth fifth sixth seventh eighth ninth tenth "
+    "hundredth thousandth millionth billionth quadrillion lakh crore grand score pair couple twice double doubled "
+    "tripled squared cubed factorial remainder modulo mod below negative wrong th st nd rd").split()}
 GREEK = "alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi rho sigma tau phi chi psi omega ell".split()
 CHARACTERS = str.maketrans("−–×·⋅∙∗÷∕⁄º′’", "--*****///°''", "€£₹¥") | {ord("√"): " sqrt ", ord("∞"): " infinity "}
 CLOSING, END = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"], "⟨": "⟩", "⟦": "⟧"}, "\n"
@@ -522,8 +524,6 @@ def read(text: str) -> Node:
     it is too long or unbalanced, or has no letters and a number that is undefined, as 1/0, or too large."""
     if len(text) > MAX_LENGTH:
         return Node("unreadable", (f"longer than {MAX_LENGTH} characters",))
-    if text.isdecimal():  # as most are
-        return number(text)
     cleaned, items = clean(text), []
     try:
         for variant in dict.fromkeys(cleaned.translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+")):

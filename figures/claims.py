@@ -250,16 +250,16 @@ CELLS = {"256 prompts": ({"problems": 256}, (), 3, (2.6,)), "16 prompts": ({"pro
 
 def stages(fresh: bool = False) -> list[Stage]:
     """Both main stages by seed, then the cells of the map; or both main stages on fresh seeds."""
-    def rare(seed: int, **more) -> Stage:
-        return Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.3, 2.6), further=(3.0, 3.4),
-                     steps=STEPS, **more)
+    def rare(seed: int, further: tuple[float, ...] = (3.0, 3.4), only: tuple[str, ...] = ()) -> Stage:
+        return Stage("rare", config(seed=seed, **RARE), budgets=(0.6, 1.2, 2.0, 2.3, 2.6), further=further, steps=STEPS,
+                     only=only)
 
     found = []
     for seed in range(5, 10) if fresh else range(5):
         found += [Stage("main", config(seed=seed), shares=(0.5, 0.9), budgets=(0.25, 0.5, 0.9, 1.1, 1.4), steps=STEPS),
                   rare(seed)]
     if fresh:  # the last ten for the student and its control alone, which ten seeds had left undecided
-        return found + [rare(seed, only=("base", "sapo 3e-05", "erpd", "control")) for seed in range(30, 40)]
+        return found + [rare(seed, (), ("base", "sapo 3e-05", "erpd", "control")) for seed in range(30, 40)]
     few = {"batches": 1, "rates": (1e-4, 3e-4), "budgets": (0.15, 0.4, 1.0, 1.8), "only": frontier(1e-4, 3e-4)}
     return found + [Stage(name, config(seed=seed, test_problems=128, **settings), carries, further=further, **few)
                     for seed in range(8) for name, (settings, carries, seeds, further) in CELLS.items() if seed < seeds]

@@ -47,6 +47,12 @@ EXTRACTED = [
     ("Then x = 5\nSo there are 12 apples.", "12 apples", "end of the last line"),
     (r"We get $x = \frac{3}{4}$.", r"$x = \frac{3}{4}$", "last formula of the last line"),
     ("about 3/4 of them", "3/4 of them", "a fraction"), ("She has 3. So it makes 12.", "12", "the last sentence"),
+    ("She had 12 eggs and sold 4, so 8 are left.", "8 are left", "a conclusion, not what it is drawn from"),
+    ("4 rows of 5 are, therefore, 20 seats", "20 seats", "nor where a word says it alone"),
+    ("The answer is 7, so we are done.", "7", "what follows from an answer is no part of it"),
+    ("The answer is 8, which is wrong.", "8, which is wrong", "what is taken back is not said"),
+    ("So she has 129 errors so far", "129 errors so far", "a so that draws no conclusion"),
+    ("It is a factor of 8", None, "a relation to a number"), ("It doubles every 8", None, "another"),
 ]
 
 
@@ -142,7 +148,8 @@ WRONG = [
     (r"f^{\prime\prime}(2)", "f'(2)", "a second derivative"), (r"\infty-\infty", "0", "infinity is no number"),
     (r"\frac12\text{ million}", "1/2", "half a million"), ("5 apples/3", "5", "a quotient"),
     (r"\frac{\infty}{\infty}", "1", "nor is it one here"), ("5 dimes and 3 nickels", "5, 3", "several units"),
-    (r"3:4\infty", "3:4", "a ratio without a value"),
+    (r"3:4\infty", "3:4", "a ratio without a value"), ("8 sevenths", "8", "sevenths"), ("8 doubled", "8", "twice it"),
+    ("8 lakh", "8", "a hundred thousand"),
 ]
 
 
