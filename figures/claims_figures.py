@@ -198,7 +198,7 @@ def which_wins(figure: Figure, stages: Stages) -> str:
     axes.set_yticks(np.arange(len(bases)) + 0.3, [f"{name}: base {base:.0%}" for name, base in bases.items()])
     axes.invert_yaxis()
     legend(axes, on=figure, loc="outside lower center", ncols=4)
-    return "Which method wins where: between ERPD and cross-entropy moved back the cells decide little"
+    return "Which method wins where: ERPD beyond cross-entropy moved back where 6 to 8 % are right"
 
 
 def draw(by_stage: Stages) -> None:
