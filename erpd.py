@@ -328,7 +328,8 @@ def explore(base, rollouts: Rollouts, advantage: Tensor, config: Config, *, loss
     """Stage 1: many off-policy updates on the fixed batch, from π_0 = `base`; returns the policy they end in.
 
     advantage is Â [B]. Every ρ_t is against the stored behaviour log-probs: π_0's, or in GRPO those of the policy as it
-    is now, a (model, optimizer) to `start` from. For the unlearned policy give targets reversed: −Â and 1 − r.
+    is now, a (model, optimizer) to `start` from. For the unlearned policy give targets reversed: −Â and 1 − r. `memory`
+    knows a stage by its name: give another loss another one.
     """
     if advantage.shape != rollouts.rewards.shape:
         raise ValueError(f"explore takes one advantage a completion, not {tuple(advantage.shape)}")
@@ -397,9 +398,8 @@ def round_budget(rollouts: Rollouts, config: Config) -> float:
     """KL that the round may spend, nats a completion: as it was given, or `auto`, from the batch's own pass rates."""
     if config.kl_budget != "auto":
         return config.kl_budget
-    groups, problem = rollouts.groups.unique(return_inverse=True)
-    right = torch.zeros(len(groups)).index_add_(0, problem, rollouts.rewards)
-    return kl.budget_from_limit(right, len(rollouts) // len(groups))
+    groups, problem, size = rollouts.groups.unique(return_inverse=True, return_counts=True)
+    return kl.budget_from_limit(torch.zeros(len(groups)).index_add_(0, problem, rollouts.rewards), size)
 
 
 def distill(base, rollouts: Rollouts, signal: Tensor, budget: float, config: Config, *, seed: int = 0,

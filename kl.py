@@ -201,7 +201,7 @@ def interpolated(base, model, alpha: float):
     return between
 
 
-def smoothed(right: Tensor, samples: int) -> Tensor:
+def smoothed(right: Tensor, samples: int | Tensor) -> Tensor:
     """Pass rates (c + ½)/(n + 1) [P] of c right completions in n: Jeffreys' prior, where no problem is hopeless."""
     return (right.double() + 0.5) / (samples + 1)
 
@@ -224,7 +224,7 @@ def least_kl(pass_rates: Tensor, points: int = 200) -> tuple[list[float], list[f
     return q.mean(1).tolist(), coin_kl(q, p).mean(1).tolist()
 
 
-def budget_from_limit(right: Tensor, group: int, share: float = 0.75, efficiency: float = 0.8) -> float:
+def budget_from_limit(right: Tensor, group: int | Tensor, share: float = 0.75, efficiency: float = 0.8) -> float:
     """The KL of a round, nats a completion, from the right completions [P] of each problem in its stored batch.
 
     It is the least that any policy needs to close `share` of the gap between the base's accuracy and 1, over the

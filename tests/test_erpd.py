@@ -316,11 +316,16 @@ def test_a_signal_that_a_completion_shares_is_the_same_signal(stage, monkeypatch
 
 
 def test_the_rounds_budget_is_the_batchs(stage):
-    """Mistake: pass rates read by the settings' group, or by the order of rows."""
+    """Mistake: pass rates read by the settings' group, by the order of rows, or by one size for all groups."""
     *_, rollouts = stage
     right = rollouts.rewards.view(8, 8).sum(1)
     for batch in (rollouts, rollouts.select(torch.randperm(64))):
         assert erpd.round_budget(batch, Config(group=16)) == pytest.approx(kl.budget_from_limit(right, 8))
+    fewer = rollouts.select(torch.cat([torch.arange(60), torch.arange(62, 64)]))  # of the last problem 6
+    right[-1] = rollouts.rewards[[56, 57, 58, 59, 62, 63]].sum()
+    sizes = torch.tensor([8] * 7 + [6])
+    assert erpd.round_budget(fewer, Config()) == pytest.approx(kl.budget_from_limit(right, sizes))
+    assert torch.equal(kl.smoothed(right, sizes)[-1], (right[-1].double() + 0.5) / 7)
 
 
 def test_student_stays_within_its_budget_on_its_own_samples(stage):
