@@ -123,12 +123,12 @@ def test_the_tables_of_the_page_are_those_of_the_rows(capsys):
 
 
 def test_each_stage_has_been_run_and_no_other():
-    """Mistake: a seed of the map that is asked for and has no rows, or rows of a seed that nothing asks for."""
+    """Mistake: a seed or a budget that is asked for and has no rows, or rows of one that nothing asks for."""
     for results, fresh in (claims.RESULTS, False), (claims.FRESH, True):
-        ran = {(o.rows[0]["stage"], o.rows[0]["seed"]) for seeds in claims.outcomes(results, ("erpd",)).values()
-               for o in seeds}
-        asked = {(stage.name, stage.config.seed) for stage in claims.stages(fresh)}
-        assert asked == {stage for stage in ran if stage[0] != "SmolLM2"}
+        ran = {(row["stage"], row["seed"], row["at"]) for seeds in claims.outcomes(results, ("erpd",)).values()
+               for o in seeds for row in o.of("erpd")}
+        asked = {(s.name, s.config.seed, budget) for s in claims.stages(fresh) for budget in s.budgets + s.further}
+        assert asked == {row for row in ran if row[0] != "SmolLM2"}
 
 
 def test_fresh_seeds_stand_beside_each_statistic_and_name_another_opponent(capsys):
